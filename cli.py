@@ -1,0 +1,248 @@
+"""The `deeprec` command. Each command calls one function of the rooms below.
+
+Nothing heavy is imported before a command needs it, so that `deeprec --help` is quick.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from .errors import DeepRecError, RequestError
+from .settings import load_settings
+
+if TYPE_CHECKING:
+    from .graph.state import RunSettings
+    from .tools.workspace import Workspace
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="DeepRec: an LLM explores an item catalog through a recommendation model, then ranks.",
+)
+console = Console()
+errors = Console(stderr=True)
+
+WorkspaceOption = Annotated[
+    str | None, typer.Option("--workspace", "-w", help="Workspace in use [DEEPREC_WORKSPACE].")
+]
+DecodingOption = Annotated[
+    str, typer.Option(help="free: the LLM writes everything. guided: a grammar keeps it valid.")
+]
+
+
+def main() -> None:
+    """Run the command; an error that the user can mend is told without a traceback."""
+    try:
+        app()
+    except DeepRecError as error:
+        errors.print("error:", style="bold red", end=" ")
+        errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+
+
+def _workspace(name: str | None) -> Workspace:
+    from .tools.workspace import Workspace
+
+    return Workspace(load_settings(**({"workspace": name} if name else {})))
+
+
+@app.command()
+def demo(
+    users: Annotated[int, typer.Option(min=1, help="Test users to recommend for.")] = 3,
+    seed: Annotated[int, typer.Option(help="Sampling seed.")] = 0,
+) -> None:
+    """Set up MovieLens-100K and watch the agent recommend for test users."""
+    from .demo import run_demo
+
+    run_demo(_workspace(None), console, users=users, seed=seed)
+
+
+@app.command()
+def assets() -> None:
+    """Fetch the demo's models and data, checked by their digests."""
+    from .tools.assets import ensure_assets
+
+    folder = load_settings().assets_dir
+    ensure_assets(folder, notify=lambda message: console.print(f"  {message}", style="dim"))
+    console.print(f"Models and data are in {folder}", soft_wrap=True)
+
+
+@app.command()
+def prepare(
+    source: Annotated[Path, typer.Argument(help="File or folder of a data set.")],
+    format: Annotated[
+        str,
+        typer.Option(help="recbole, movielens-1m, amazon-2018, amazon-2023, table, or auto."),
+    ] = "auto",
+    option: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--option", "-o", help="NAME=VALUE for the format's loader, e.g. -o items=items.csv."
+        ),
+    ] = None,
+    k_core: Annotated[int, typer.Option(min=1, help="Least interactions of users and items.")] = 5,
+    workspace: WorkspaceOption = None,
+) -> None:
+    """Read a data set, filter it, and keep it in the workspace."""
+    from .tools.interactions import statistics
+
+    place = _workspace(workspace)
+    data = place.prepare(source, format=format, k_core=k_core, **_loader_options(option or []))
+    _print_table(statistics(data))
+    console.print(f"Prepared in {place.dataset_dir}. Next: deeprec train-trm", soft_wrap=True)
+
+
+@app.command()
+def train_trm(
+    architecture: Annotated[str, typer.Option(help="deeprec or paper.")] = "deeprec",
+    epochs: Annotated[int | None, typer.Option(min=1, help="Most epochs.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of initialisation and order.")] = 0,
+    workspace: WorkspaceOption = None,
+) -> None:
+    """Train the recommendation model on the workspace's data set."""
+    from .tools.progress import trm_progress
+    from .tools.trm.config import FitConfig, parse_config
+
+    place = _workspace(workspace)
+    training = FitConfig() if epochs is None else FitConfig(epochs=epochs)
+    config = parse_config({"name": architecture})
+    place.ensure_assets(lambda message: console.print(f"  {message}", style="dim"))
+    with trm_progress(console) as progress:
+        place.train_trm(config, training, seed=seed, progress=progress)
+    console.print(f"Trained: {place.trm_dir}. Next: deeprec index", soft_wrap=True)
+
+
+@app.command()
+def index(workspace: WorkspaceOption = None) -> None:
+    """Fill the catalog with the workspace's items and their vectors."""
+    place = _workspace(workspace)
+    with console.status("Filling the catalog"):
+        catalog = place.index()
+    console.print(f"{len(catalog.ids)} items are in the catalog. Next: deeprec recommend --user …")
+
+
+@app.command()
+def recommend(
+    titles: Annotated[
+        list[str] | None, typer.Argument(help="Items the user liked, oldest first: titles or ids.")
+    ] = None,
+    user: Annotated[
+        str | None, typer.Option("--user", "-u", help="A user of the data set.")
+    ] = None,
+    k: Annotated[int, typer.Option("-k", help="Recommendations wanted.")] = 10,
+    filters: Annotated[
+        str | None, typer.Option(help='JSON, e.g. \'{"genres": ["Comedy"]}\'.')
+    ] = None,
+    decoding: DecodingOption = "guided",
+    answer_form: Annotated[str, typer.Option(help="titles or numbers.")] = "titles",
+    retrieve_n: Annotated[int, typer.Option(help="Items that one search returns.")] = 10,
+    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.7,
+    seed: Annotated[int | None, typer.Option(help="Sampling seed.")] = None,
+    time_budget: Annotated[
+        float | None, typer.Option(help="Seconds; then the answer is made of what was found.")
+    ] = None,
+    trace: Annotated[bool, typer.Option("--trace", help="Show every turn.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the response as JSON.")] = False,
+    workspace: WorkspaceOption = None,
+) -> None:
+    """Recommend for a user of the data set, or for typed titles."""
+    from .graph.requests import parse_request, parse_settings
+
+    settings = parse_settings(
+        k=k,
+        decoding=decoding,
+        answer_form=answer_form,
+        retrieve_n=retrieve_n,
+        temperature=temperature,
+        seed=seed,
+        limits={"time_budget_s": time_budget},
+    )
+    request = parse_request(history=titles or None, user_id=user, filters=_json_object(filters))
+    with errors.status("Loading the recommendation model and the LLM"):
+        graph = _agent(workspace, settings)
+    from .graph.display import response_lines
+    from .graph.state import RecommendationResponse
+
+    with errors.status("Thinking"):
+        response = RecommendationResponse.model_validate(graph.invoke(request))
+    if as_json:
+        print(response.model_dump_json(indent=2))
+        return
+    for line in response_lines(response, trace=trace):
+        console.print(line)
+
+
+@app.command()
+def serve_llm(
+    host: Annotated[str, typer.Option(help="Address to bind; loopback by default.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to bind.")] = 8000,
+) -> None:
+    """Serve the LLM with vLLM's OpenAI-compatible server (then DEEPREC_ENGINE__KIND=server)."""
+    from .graph.engine.vllm_server import serve
+
+    settings = load_settings()
+    serve(
+        settings.model_name,
+        host=host,
+        port=port,
+        max_model_len=settings.engine.max_model_len,
+        dtype=settings.engine.dtype,
+        kv_cache_gib=settings.engine.kv_cache_gib,
+    )
+
+
+def _agent(workspace: str | None, settings: RunSettings) -> Any:
+    from .graph.app import load_graph
+
+    _quiet()
+    return load_graph(_workspace(workspace), settings)
+
+
+def _quiet() -> None:
+    """Keep the libraries' own progress bars and hints off the terminal."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _json_object(text: str | None) -> dict[str, Any]:
+    if text is None:
+        return {}
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise RequestError(f"--filters {text!r} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise RequestError(f'--filters {text!r} is not a JSON object like {{"genres": ["Comedy"]}}')
+    return value
+
+
+def _loader_options(pairs: list[str]) -> dict[str, Any]:
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise RequestError(f"--option {pair!r} is not of the form NAME=VALUE")
+        options[name] = value
+    return options
+
+
+def _print_table(values: dict[str, int | float | str]) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False)
+    for name, value in values.items():
+        table.add_row(name, f"{value:,.4g}" if isinstance(value, float) else f"{value}")
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

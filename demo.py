@@ -1,0 +1,171 @@
+"""`deeprec demo`: the whole set-up and the main job, told as it happens.
+
+Each step is skipped where an earlier run left its result, so a second demo is quick.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from .graph.app import load_graph
+from .graph.display import history_lines, recommendation_table, summary_line, turn_lines
+from .graph.requests import parse_request, parse_settings
+from .graph.state import RecommendationResponse, Turn
+from .tools.assets import ensure_assets
+from .tools.progress import trm_progress
+from .tools.retriever import RetrievalRequest
+from .tools.workspace import Workspace
+
+_SETTINGS = {"retrieve_n": 10, "temperature": 0.7, "limits": {"max_retrievals": 3}}
+
+
+def run_demo(workspace: Workspace, console: Console, *, users: int, seed: int) -> None:
+    """Prepare what is missing, then recommend for the first `users` test users.
+
+    Raises DeepRecError where a step can't be done.
+    """
+    set_up(workspace, console)
+    with console.status("Loading the LLM in vLLM (about a minute on a CPU)"):
+        graph = load_graph(workspace, parse_settings(**_SETTINGS, seed=seed), hold_out=True)
+    split = workspace.split
+    data = workspace.data
+    tested = [user for user in range(len(data.user_ids)) if split.test[user] >= 0][:users]
+    console.print(
+        f"\n[bold]4. The agent recommends for {len(tested)} test users[/bold] "
+        "(their last item is held out; the LLM is small and untuned, so its searches are kept "
+        "valid by a grammar)"
+    )
+    asyncio.run(_show(graph, workspace, console, tested))
+    _what_next(workspace, console)
+
+
+def set_up(workspace: Workspace, console: Console) -> None:
+    """Make the demo's data, TRM and catalog where they are missing."""
+    from .tools.trm.config import DeepRecConfig, FitConfig
+
+    console.print(f"[bold]1. Models and data[/bold] (kept in {workspace.settings.home})")
+    ensure_assets(
+        workspace.settings.assets_dir,
+        notify=lambda message: console.print(f"  {message}", style="dim"),
+    )
+    if not workspace.dataset_dir.exists():
+        workspace.prepare(workspace.settings.assets_dir / "ml-100k", format="recbole")
+    data = workspace.data
+    console.print(
+        f"  MovieLens-100K, 5-core: {len(data.user_ids)} users, {len(data.items)} films, "
+        f"{len(data.users):,} interactions",
+        style="dim",
+    )
+    console.print("[bold]2. The recommendation model[/bold]")
+    if workspace.trm_dir.exists():
+        console.print("  trained by an earlier run", style="dim")
+    else:
+        with trm_progress(console) as progress:
+            workspace.train_trm(DeepRecConfig(), FitConfig(), progress=progress)
+    console.print("[bold]3. The catalog in Chroma[/bold]")
+    if workspace.has_catalog():
+        console.print("  filled by an earlier run", style="dim")
+    else:
+        workspace.index()
+        console.print(f"  {len(data.items)} films with text, attributes and vectors", style="dim")
+
+
+async def _show(
+    graph: Any, workspace: Workspace, console: Console, tested: list[int]
+) -> list[RecommendationResponse]:
+    """Run all users at once, and tell them one after another, each turn as it comes."""
+    queues: list[asyncio.Queue[dict[str, Any] | None]] = [asyncio.Queue() for _ in tested]
+
+    async def run(user: int, queue: asyncio.Queue[dict[str, Any] | None]) -> None:
+        try:
+            request = parse_request(user_id=workspace.data.user_ids[user])
+            async for update in graph.astream(request, stream_mode="updates"):
+                await queue.put(update)
+        finally:
+            await queue.put(None)
+
+    async with asyncio.TaskGroup() as group:
+        for user, queue in zip(tested, queues, strict=True):
+            group.create_task(run(user, queue))
+        return [
+            await _tell(workspace, console, user, queue)
+            for user, queue in zip(tested, queues, strict=True)
+        ]
+
+
+async def _tell(
+    workspace: Workspace,
+    console: Console,
+    user: int,
+    queue: asyncio.Queue[dict[str, Any] | None],
+) -> RecommendationResponse:
+    data = workspace.data
+    target = data.items[int(workspace.split.test[user])].id
+    history = [data.items[index].title for index in workspace.split.test_history(user)]
+    console.rule(Text(f"User {data.user_ids[user]}"), align="left")
+    console.print(history_lines(history))
+    turns: list[Turn] = []
+    update = await queue.get()
+    while update is not None:
+        update.pop("read_request", None)
+        for values in update.values():
+            for raw in values.get("turns", ()):
+                turns.append(Turn.model_validate(raw))
+                console.print(turn_lines(turns[-1], len(turns), target=target))
+            if "recommendations" in values:
+                fields = {key: values[key] for key in _RESPONSE_FIELDS if key != "turns"}
+                response = RecommendationResponse.model_validate({**fields, "turns": turns})
+        update = await queue.get()
+    console.print(recommendation_table(response.recommendations, target=target))
+    console.print(summary_line(response))
+    console.print(_where_it_stands(workspace, response, user, target))
+    return response
+
+
+_RESPONSE_FIELDS = tuple(RecommendationResponse.model_fields)
+
+
+def _where_it_stands(
+    workspace: Workspace, response: RecommendationResponse, user: int, target: str
+) -> Text:
+    """Where the held-out item is: in the list, among the retrieved, and for the TRM alone."""
+    title = workspace.catalog.display_title(target)
+    listed = [line.rank for line in response.recommendations if line.id == target]
+    found = [
+        number
+        for number, turn in enumerate(response.turns, 1)
+        if any(item.id == target for item in turn.retrieved)
+    ]
+    alone = _rank_alone(workspace, user, target)
+    text = Text("Held out: ").append(title, "bold")
+    text.append(f" is {f'number {listed[0]}' if listed else 'not'} in the list; ")
+    text.append(f"{f'found in turn {found[0]}' if found else 'found in no turn'}; ")
+    return text.append(f"the TRM alone, without any preference, ranks it {alone}.\n")
+
+
+def _rank_alone(workspace: Workspace, user: int, target: str) -> int:
+    """Place of the held-out item in the TRM's list of all eligible items, without preference."""
+    ids = [workspace.data.items[index].id for index in workspace.split.test_history(user)]
+    seen = frozenset(ids) - {target}
+    eligible = workspace.catalog.snapshot.allowed(seen).count
+    request = RetrievalRequest(history=tuple(ids), preference=None, k=eligible, exclude=seen)
+    (ranked,) = workspace.retriever.retrieve([request])
+    return [item.id for item in ranked].index(target) + 1
+
+
+def _what_next(workspace: Workspace, console: Console) -> None:
+    console.rule("What to try next", align="left")
+    console.print(
+        '  .venv/bin/deeprec recommend "Toy Story" "Babe" "Aladdin" --trace\n'
+        '  .venv/bin/deeprec recommend --user 1 --filters \'{"genres": ["Comedy"]}\' --json\n'
+        "  make studio     # watch the loop in LangGraph Studio\n"
+        "  make bench      # 100 test users: validity and speed\n"
+        f"  rm -r {workspace.settings.home}    # forget everything that the demo made",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )

@@ -1,0 +1,63 @@
+"""Every failure of DeepRec, and who handles it.
+
+Three kinds of trouble exist, and each is handled in one place only.
+
+1. *The caller is wrong* (a missing file, an unknown user, k = 0, a checkpoint of another data
+   set). The room that notices raises the one error type of its boundary, below; its text names
+   the value and the remedy. The CLI prints it and exits with code 2; library users catch
+   `DeepRecError`. Nothing is half-written: files are written beside their place and then moved.
+2. *A run goes wrong* (the policy writes nonsense, runs out of tokens or time, the engine drops
+   a request). That is data, not an exception: the graph ends with a response that carries the
+   reason (`Failure` in graph/state.py). It is counted wherever runs are counted.
+3. *The program is wrong.* Nobody catches that; the traceback is the message.
+"""
+
+
+class DeepRecError(Exception):
+    """Base of every error that a caller can mend. `exit_code` is what the CLI exits with."""
+
+    exit_code = 2
+
+
+class SettingsError(DeepRecError):
+    """A setting or a configuration file is missing, malformed or out of bounds."""
+
+
+class AssetError(DeepRecError):
+    """A downloaded model or data set is missing, incomplete or has another checksum."""
+
+
+class DataError(DeepRecError):
+    """A data file or a prepared data set is missing, empty or malformed."""
+
+
+class EncoderError(DeepRecError):
+    """The sentence encoder can't be loaded, or can't encode what it was given."""
+
+
+class TRMError(DeepRecError):
+    """A TRM can't be trained, or a checkpoint is none, damaged or of another data set."""
+
+
+class CatalogError(DeepRecError):
+    """The catalog is missing, damaged, locked or of another data set, or an item is unknown."""
+
+
+class RequestError(DeepRecError):
+    """A recommendation request that can't be answered: unknown user, item or filter, bad k."""
+
+
+class AmbiguousTitleError(RequestError):
+    """A typed title fits several items; `candidates` holds (id, title) of each, best first."""
+
+    def __init__(self, title: str, candidates: list[tuple[str, str]]):
+        self.title = title
+        self.candidates = candidates
+        listed = "; ".join(f"{name} [id {id_}]" for id_, name in candidates)
+        super().__init__(
+            f"title {title!r} fits several items: {listed}. Give the whole title or the id."
+        )
+
+
+class EngineError(DeepRecError):
+    """The LLM engine can't start or is out of reach: no such model, port in use, no memory."""

@@ -1,0 +1,64 @@
+"""The agent as one object, loaded once from the settings; what langgraph.json points at."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from ..settings import Settings, load_settings
+from ..tools.workspace import Workspace
+
+if TYPE_CHECKING:
+    from langgraph.graph.state import CompiledStateGraph
+
+    from .engine.base import Engine
+    from .state import RunSettings
+
+
+def load_engine(settings: Settings) -> Engine:
+    """Start or reach the engine that the settings name. Raises EngineError."""
+    engine = settings.engine
+    if engine.kind == "server":
+        from .engine.vllm_server import VLLMServerEngine
+
+        return VLLMServerEngine(engine.url, tokenizer=settings.model)
+    from .engine.vllm_inprocess import VLLMEngine
+
+    return VLLMEngine(
+        settings.model_name,
+        max_model_len=engine.max_model_len,
+        dtype=engine.dtype,
+        kv_cache_gib=engine.kv_cache_gib,
+        gpu_memory_utilization=engine.gpu_memory_utilization,
+        max_num_seqs=engine.max_num_seqs,
+    )
+
+
+def load_graph(
+    workspace: Workspace, settings: RunSettings | None = None, *, hold_out: bool = False
+) -> CompiledStateGraph[Any, Any, Any, Any]:
+    """Load TRM, catalog and engine, and compile the agent over them.
+
+    `settings` are the defaults of its runs. With `hold_out` the last item of each user's history
+    is left out, as a test needs it. Raises DeepRecError where a part is missing.
+    """
+    from .build import build_graph
+
+    retriever = workspace.retriever  # first: a missing workspace is told before the LLM loads
+    engine = load_engine(workspace.settings)
+    histories = workspace.histories(hold_out=hold_out)
+    return build_graph(engine, retriever, histories=histories, settings=settings)
+
+
+@lru_cache(maxsize=1)
+def _loaded() -> CompiledStateGraph[Any, Any, Any, Any]:
+    return load_graph(Workspace(load_settings()))
+
+
+def graph() -> CompiledStateGraph[Any, Any, Any, Any]:
+    """Return the compiled agent of the settings in the environment, loading it at the first call.
+
+    LangGraph's server calls this more than once; engine, TRM and catalog are loaded once a
+    process. Raises DeepRecError where a part is missing.
+    """
+    return _loaded()

@@ -1,0 +1,121 @@
+"""build_graph: think, call_trm and rank over an engine and a retriever, compiled."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from langchain_core.runnables import RunnableLambda
+from langgraph.graph import END, START, StateGraph
+from langgraph.runtime import get_runtime
+
+from . import nodes, ranking
+from .engine.base import Engine, LoopThread
+from .nodes import Resources
+from .requests import parse_request
+from .state import MAX_RETRIEVALS, RecommendationRequest, RecommendationResponse, RunSettings, State
+
+if TYPE_CHECKING:
+    from langgraph.checkpoint.base import BaseCheckpointSaver
+    from langgraph.graph.state import CompiledStateGraph
+    from langgraph.store.base import BaseStore
+
+    from ..tools.retriever import Retriever
+
+# LangGraph draws its forms from the input schema, and leaves the checking to us.
+_REQUEST_FIELDS = tuple(RecommendationRequest.model_fields)
+
+logger = logging.getLogger(__name__)
+
+
+def build_graph(
+    engine: Engine,
+    retriever: Retriever,
+    *,
+    histories: Mapping[str, Sequence[str]] | None = None,
+    settings: RunSettings | None = None,
+    checkpointer: BaseCheckpointSaver[Any] | None = None,
+    store: BaseStore | None = None,
+) -> CompiledStateGraph[State, RunSettings, RecommendationRequest, RecommendationResponse]:
+    """Compile the agent. It serves `invoke` and `ainvoke` alike, from any thread or loop.
+
+    Args:
+        engine: the policy.
+        retriever: the preference-aware TRM over its catalog.
+        histories: item ids of known users, oldest first, for requests by user id.
+        settings: defaults of a run; a run's `context` replaces them whole.
+        checkpointer: where LangGraph keeps threads; none for rollouts.
+        store: LangGraph's long-term memory, handed on to the graph.
+
+    The input is a RecommendationRequest (or a dict of its fields), the output a dict of
+    RecommendationResponse's fields. Raises RequestError where a request can't be answered;
+    a run that goes wrong ends with a response that says so.
+
+    """
+    defaults = settings or RunSettings()
+    resources = Resources(engine, retriever, retriever.catalog, histories or {})
+    graph = StateGraph(
+        State,
+        context_schema=RunSettings,
+        input_schema=RecommendationRequest,
+        output_schema=RecommendationResponse,
+    )
+
+    def read_request(state: State) -> dict[str, Any]:
+        context: object = get_runtime(RunSettings).context
+        chosen = context if isinstance(context, RunSettings) else defaults
+        if context is not None and chosen is defaults:  # a parent graph's own
+            logger.warning("ignoring a context that is no RunSettings: %s", type(context).__name__)
+        given = {name: state[name] for name in _REQUEST_FIELDS if name in state}
+        return nodes.read_request(resources, parse_request(**given), chosen)
+
+    def after_thinking(state: State) -> str:
+        return state["next_node"]
+
+    def after_retrieval(state: State) -> str:
+        return "rank" if state.get("stop_reason") else "think"
+
+    graph.add_node("read_request", read_request)
+    graph.add_node("think", _on_any_loop(nodes.think, resources))
+    graph.add_node("call_trm", _on_any_loop(nodes.call_trm, resources))
+    graph.add_node("rank", _on_any_loop(ranking.rank, resources))
+    graph.add_edge(START, "read_request")
+    graph.add_edge("read_request", "think")
+    graph.add_conditional_edges("think", after_thinking, ["call_trm", "rank"])
+    graph.add_conditional_edges("call_trm", after_retrieval, ["think", "rank"])
+    graph.add_edge("rank", END)
+    compiled = graph.compile(checkpointer=checkpointer, store=store, name="deeprec")
+    # A turn takes two steps; LangGraph's default of 25 steps would cut a run of many turns.
+    return compiled.with_config(recursion_limit=2 * MAX_RETRIEVALS + 8)
+
+
+def _on_any_loop(
+    node: Callable[[Resources, State], Awaitable[dict[str, Any]]], resources: Resources
+) -> RunnableLambda[State, dict[str, Any]]:
+    """Wrap one async node for LangGraph's sync and async callers.
+
+    Sync callers may sit inside a running loop (a notebook), so their node runs on a loop of ours.
+    """
+
+    def run(state: State) -> dict[str, Any]:
+        return _loop().submit(_await(node, resources, state)).result()
+
+    async def arun(state: State) -> dict[str, Any]:
+        return await node(resources, state)
+
+    return RunnableLambda(run, afunc=arun)
+
+
+async def _await(
+    node: Callable[[Resources, State], Awaitable[dict[str, Any]]],
+    resources: Resources,
+    state: State,
+) -> dict[str, Any]:
+    return await node(resources, state)
+
+
+@cache
+def _loop() -> LoopThread:
+    return LoopThread("deeprec-graph")

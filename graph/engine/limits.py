@@ -1,0 +1,69 @@
+"""What can be refused before a model is loaded: no model, no room for its KV cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ...errors import EngineError
+
+_GIB = 1024**3
+
+
+def check_model_folder(model: str) -> None:
+    """Refuse a local folder that holds no model, before anything heavy is loaded.
+
+    A name with no such folder is taken for a hub name. Raises EngineError.
+    """
+    path = Path(model).expanduser()
+    if not path.exists():
+        looks_local = model.startswith((".", "/", "~")) or model.count("/") > 1
+        if looks_local:
+            raise EngineError(f"model folder {model!r} does not exist: check DEEPREC_MODEL")
+        return
+    missing = [
+        name for name in ("config.json", "tokenizer_config.json") if not (path / name).is_file()
+    ]
+    if not list(path.glob("*.safetensors")):
+        missing.append("*.safetensors")
+    if missing:
+        raise EngineError(
+            f"{model!r} is not a model folder: it lacks {', '.join(missing)}. Give a folder "
+            "written by save_pretrained, or a hub name."
+        )
+
+
+def check_kv_cache(model: str, *, max_model_len: int, kv_cache_gib: int) -> None:
+    """Refuse on a CPU what vLLM would only refuse after loading. Raises EngineError.
+
+    One sequence of `max_model_len` tokens must fit into the KV cache (2 bytes a value), and the
+    cache into the memory that is free.
+    """
+    import psutil
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise EngineError(f"the configuration of model {model!r} can't be read: {error}") from error
+    limit = getattr(config, "max_position_embeddings", max_model_len)
+    if max_model_len > limit:
+        raise EngineError(
+            f"max_model_len {max_model_len} is beyond the {limit} positions of {model!r}: "
+            "lower DEEPREC_ENGINE__MAX_MODEL_LEN"
+        )
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    needed = 2 * config.num_hidden_layers * kv_heads * head_dim * 2 * max_model_len
+    if needed > kv_cache_gib * _GIB:
+        raise EngineError(
+            f"{max_model_len} tokens need {needed / _GIB:.2f} GiB of KV cache and "
+            f"{kv_cache_gib} GiB are set: raise DEEPREC_ENGINE__KV_CACHE_GIB or lower "
+            "DEEPREC_ENGINE__MAX_MODEL_LEN"
+        )
+    free = psutil.virtual_memory().available
+    if kv_cache_gib * _GIB > free:
+        raise EngineError(
+            f"too little memory for the KV cache: {kv_cache_gib} GiB are set and "
+            f"{free / _GIB:.1f} GiB are free: lower DEEPREC_ENGINE__KV_CACHE_GIB"
+        )

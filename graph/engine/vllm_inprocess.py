@@ -1,0 +1,173 @@
+"""vLLM in this process's care: an AsyncLLM whose engine core runs in a child process.
+
+Starting takes from half a minute on a CPU. Everything that can be refused before that (no such
+model, too little memory for the KV cache) is refused at once and in words.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any
+
+from ...errors import EngineError
+from .base import Engine, Finish, Generation, GenerationRequest, LoopThread
+from .limits import check_kv_cache, check_model_folder
+from .tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from vllm import SamplingParams
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+
+class VLLMEngine(Engine):
+    """Engine over vLLM's AsyncLLM, on a GPU where vLLM finds one, else on the CPU.
+
+    Args:
+        model: hub name or local folder of a causal LM with its tokenizer.
+        max_model_len: the most tokens of one trajectory, prompt included.
+        dtype: weights and activations: "auto", "bfloat16" or "float32".
+        kv_cache_gib: memory of the KV cache on a CPU; a GPU uses `gpu_memory_utilization`.
+        gpu_memory_utilization: share of the GPU's memory that vLLM may take.
+        max_num_seqs: sequences that vLLM decodes at the same time.
+
+    Raises:
+        EngineError: no such model, too little memory, vLLM missing or unable to start.
+
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        max_model_len: int = 4096,
+        dtype: str = "auto",
+        kv_cache_gib: int = 2,
+        gpu_memory_utilization: float = 0.85,
+        max_num_seqs: int = 64,
+    ) -> None:
+        check_model_folder(model)
+        # vLLM reads these when it is imported. Pinned threads starve on shared cores, and a
+        # forked child would inherit locks of the threads that this process already runs.
+        os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(kv_cache_gib)
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        try:
+            from vllm.engine.arg_utils import AsyncEngineArgs
+            from vllm.platforms import current_platform
+        except ImportError as error:
+            raise EngineError(
+                f"vLLM can't be imported ({error}). Install deeprec-agent[gpu] on an NVIDIA "
+                "machine or deeprec-agent[cpu] elsewhere."
+            ) from error
+        self._on_cpu = current_platform.is_cpu()
+        if self._on_cpu:
+            check_kv_cache(model, max_model_len=max_model_len, kv_cache_gib=kv_cache_gib)
+        self.tokenizer = load_tokenizer(model)
+        self.name = model
+        self.max_model_len = max_model_len
+        self._ids = itertools.count()
+        self._loop = LoopThread("deeprec-vllm")
+        args = AsyncEngineArgs(
+            model=model,
+            max_model_len=max_model_len,
+            dtype=dtype,
+            max_num_seqs=max_num_seqs,
+            gpu_memory_utilization=gpu_memory_utilization,
+            enforce_eager=self._on_cpu,
+            enable_prefix_caching=True,
+            disable_log_stats=True,
+            generation_config="vllm",  # sampling is the caller's, never the model folder's
+        )
+        try:
+            self._llm: AsyncLLM = self._loop.submit(_start(args)).result()
+        except Exception as error:  # the boundary: vLLM raises anything from its child process
+            self._loop.close()
+            raise EngineError(
+                f"vLLM could not start {model!r}: {error}. Its own messages above name the "
+                "cause; DEEPREC_ENGINE__MAX_MODEL_LEN and DEEPREC_ENGINE__KV_CACHE_GIB set how "
+                "much memory it takes."
+            ) from error
+        self._closed = False
+
+    def submit(self, request: GenerationRequest) -> Future[Generation]:
+        """See Engine.submit."""
+        return self._loop.submit(self._generate(request))
+
+    async def _generate(self, request: GenerationRequest) -> Generation:
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        outputs = self._llm.generate(
+            {"prompt_token_ids": list(request.prompt_ids)},
+            _sampling_params(request),
+            request_id=f"deeprec-{next(self._ids)}",
+        )
+        try:
+            last = [output async for output in outputs]  # FINAL_ONLY: one
+        except (EngineDeadError, EngineGenerateError, ValueError) as error:
+            raise EngineError(f"vLLM refused or lost a generation: {error!r}") from error
+        if not last:
+            raise EngineError("vLLM ended a generation without a result")
+        completion = last[-1].outputs[0]
+        ids = tuple(completion.token_ids)
+        logprobs = tuple(
+            at[token].logprob for at, token in zip(completion.logprobs or (), ids, strict=True)
+        )
+        return Generation(ids, logprobs, *_finish(completion.finish_reason, completion.stop_reason))
+
+    def close(self) -> None:
+        """End the engine core's process and the loop."""
+        if self._closed:
+            return
+        self._closed = True
+        self._loop.submit(self._stop()).result()
+        self._loop.close()
+
+    async def _stop(self) -> None:
+        self._llm.shutdown()
+        del self._llm  # its finaliser fails in a closing interpreter
+        await asyncio.sleep(0)
+
+
+async def _start(args: Any) -> AsyncLLM:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    return AsyncLLM.from_engine_args(args)
+
+
+def _sampling_params(request: GenerationRequest) -> SamplingParams:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
+
+    guided = None
+    if request.constraint is not None:
+        guided = StructuredOutputsParams(
+            choice=list(request.constraint.choices) or None,
+            regex=request.constraint.regex or None,
+        )
+    return SamplingParams(
+        max_tokens=request.max_tokens,
+        temperature=request.temperature,
+        top_p=request.top_p,
+        seed=request.seed,
+        stop=list(request.stop),
+        logprobs=0,
+        structured_outputs=guided,
+        skip_special_tokens=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def _finish(finish_reason: str | None, stop_reason: int | str | None) -> tuple[Finish, str | None]:
+    """VLLM's words in ours: it calls EOS a "stop" that has no stop_reason."""
+    if finish_reason == "length":
+        return "length", None
+    if finish_reason != "stop":
+        raise EngineError(f"vLLM gave up a generation: finish_reason {finish_reason!r}")
+    if isinstance(stop_reason, str):
+        return "stop", stop_reason
+    return "eos", None

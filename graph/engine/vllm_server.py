@@ -1,0 +1,199 @@
+"""Engine over vLLM's OpenAI-compatible server: token ids go out and come back, no text.
+
+Start one with `deeprec serve-llm`, or point at replicas behind a load balancer.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from concurrent.futures import Future
+from typing import Any
+
+import httpx
+from tenacity import (
+    AsyncRetrying,
+    retry_if_exception_type,
+    stop_after_delay,
+    wait_random_exponential,
+)
+
+from ...errors import EngineError
+from .base import Engine, Generation, GenerationRequest, LoopThread
+from .limits import check_kv_cache, check_model_folder
+from .tokenizer import load_tokenizer
+
+_CONNECT_TIMEOUT_S = 5.0
+
+
+class _ServerBusyError(Exception):
+    """The server answered 5xx or 429, or not at all: worth another try within the bound."""
+
+
+class VLLMServerEngine(Engine):
+    """Engine over a running server.
+
+    Args:
+        url: root of the server, e.g. "http://127.0.0.1:8000".
+        tokenizer: hub name or folder of the tokenizer; the served model's name by default.
+        api_key: sent as a bearer token where the server asks for one.
+        retry_seconds: for how long an unreachable or overloaded server is tried again.
+
+    Raises:
+        EngineError: nobody answers, or what answers serves no model.
+
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        tokenizer: str | None = None,
+        api_key: str | None = None,
+        retry_seconds: float = 30.0,
+    ) -> None:
+        self.url = url.rstrip("/")
+        self._retry_seconds = retry_seconds
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        try:
+            reply = httpx.get(
+                f"{self.url}/v1/models", headers=headers, timeout=_CONNECT_TIMEOUT_S
+            ).raise_for_status()
+            card: dict[str, Any] = reply.json()["data"][0]
+            self.name = str(card["id"])
+            self.max_model_len = int(card["max_model_len"])
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise EngineError(
+                f"no LLM server answers at {url!r} ({error}): start one with `deeprec serve-llm` "
+                "or correct DEEPREC_ENGINE__URL"
+            ) from error
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise EngineError(f"the server at {url!r} is not vLLM's: {error!r}") from error
+        self.tokenizer = load_tokenizer(tokenizer or str(card.get("root") or self.name))
+        self._loop = LoopThread("deeprec-vllm-client")
+        # Generations may take as long as they do: the run's time budget bounds them.
+        self._client = httpx.AsyncClient(
+            base_url=self.url,
+            headers=headers,
+            timeout=httpx.Timeout(None, connect=_CONNECT_TIMEOUT_S),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=64),
+        )
+        self._closed = False
+
+    def submit(self, request: GenerationRequest) -> Future[Generation]:
+        """See Engine.submit."""
+        return self._loop.submit(self._generate(request))
+
+    async def _generate(self, request: GenerationRequest) -> Generation:
+        try:
+            async for attempt in AsyncRetrying(
+                stop=stop_after_delay(self._retry_seconds),
+                wait=wait_random_exponential(multiplier=0.2, max=5),
+                retry=retry_if_exception_type(_ServerBusyError),
+                reraise=True,
+            ):
+                with attempt:
+                    reply = await self._post(_body(self.name, request))
+        except _ServerBusyError as error:
+            raise EngineError(
+                f"no answer from {self.url} for {self._retry_seconds:g} s, and no more tries: {error}"
+            ) from error
+        return _generation(reply)
+
+    async def _post(self, body: dict[str, Any]) -> dict[str, Any]:
+        try:
+            reply = await self._client.post("/v1/completions", json=body)
+        except httpx.TransportError as error:
+            raise _ServerBusyError(repr(error)) from error
+        if reply.status_code >= 500 or reply.status_code == 429:
+            raise _ServerBusyError(f"HTTP {reply.status_code}: {reply.text[:200]}")
+        if reply.is_error:
+            raise EngineError(
+                f"the LLM server refused a generation: HTTP {reply.status_code} {reply.text[:500]}"
+            )
+        answer: dict[str, Any] = reply.json()
+        return answer
+
+    def close(self) -> None:
+        """Close the connections; the server goes on."""
+        if self._closed:
+            return
+        self._closed = True
+        self._loop.submit(self._client.aclose()).result(timeout=10)
+        self._loop.close()
+
+
+def _body(model: str, request: GenerationRequest) -> dict[str, Any]:
+    body: dict[str, Any] = {
+        "model": model,
+        "prompt": list(request.prompt_ids),
+        "max_tokens": request.max_tokens,
+        "temperature": request.temperature,
+        "top_p": request.top_p,
+        "seed": request.seed,
+        "stop": list(request.stop),
+        "logprobs": 0,
+        "return_token_ids": True,
+        "skip_special_tokens": False,
+        "add_special_tokens": False,
+    }
+    if request.constraint is not None:
+        constraint = request.constraint
+        body["structured_outputs"] = (
+            {"choice": list(constraint.choices)}
+            if constraint.choices
+            else {"regex": constraint.regex}
+        )
+    return body
+
+
+def _generation(reply: dict[str, Any]) -> Generation:
+    try:
+        choice = reply["choices"][0]
+        ids = tuple(choice["token_ids"])
+        logprobs = tuple(choice["logprobs"]["token_logprobs"])
+        reason, stop = choice["finish_reason"], choice.get("stop_reason")
+    except (KeyError, IndexError, TypeError) as error:
+        raise EngineError(
+            f"the server's answer lacks token ids or logprobs ({error!r}): it must be vLLM, "
+            "0.11 or newer"
+        ) from error
+    if reason == "length":
+        return Generation(ids, logprobs, "length")
+    if reason != "stop":
+        raise EngineError(f"the server gave up a generation: finish_reason {reason!r}")
+    if isinstance(stop, str):
+        return Generation(ids, logprobs, "stop", stop)
+    return Generation(ids, logprobs, "eos")
+
+
+def serve(
+    model: str, *, host: str, port: int, max_model_len: int, dtype: str, kv_cache_gib: int
+) -> None:
+    """Replace this process by vLLM's server. Raises EngineError where it could not start.
+
+    The server is started as a module, since the `vllm` command looks for a distribution of that
+    name, which the CPU build isn't.
+    """
+    check_model_folder(model)
+    check_kv_cache(model, max_model_len=max_model_len, kv_cache_gib=kv_cache_gib)
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise EngineError(
+                f"port {port} on {host} can't be used ({error.strerror}): choose another --port"
+            ) from error
+    environment = {
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_NO_USAGE_STATS": "1",
+        **os.environ,
+        "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
+    }
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", model, "--host", host, "--port", str(port), "--dtype", dtype]
+    command += ["--max-model-len", str(max_model_len), "--generation-config", "vllm"]
+    sys.stdout.flush()
+    os.execve(sys.executable, command, environment)  # noqa: S606  # no shell, fixed program

@@ -1,0 +1,359 @@
+"""The nodes of the loop: read_request, then think and call_trm in turns, then rank (ranking.py).
+
+think lets the policy reason until it asks for a retrieval or closes its thought; call_trm answers
+with what the TRM found. Free decoding leaves everything to the policy; guided decoding adds a
+grammar for the preference and for the choice to go on, and nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from langgraph.types import Overwrite
+
+from ..errors import RequestError
+from ..tools.catalog import Catalog
+from ..tools.filters import Condition, Filters
+from ..tools.retriever import RetrievalRequest, Retriever
+from ..tools.titles import sanitise
+from . import protocol
+from .engine.base import Constraint, Engine
+from .format_rules import scripts_of
+from .run import LimitReachedError, Step
+from .state import RecommendationRequest, RetrievedItem, RunSettings, State, StopReason, Turn
+from .transcript import segment
+
+_PREFERENCE_TOKENS = 64
+_VOCABULARY = 48
+_FREE_PHRASES = r"(; [a-z][a-z'-]{1,14}( [a-z'-]{2,14}){0,3}){0,2}"
+_REGEX_SPECIAL = re.compile(r"([\\^$.|?*+()\[\]{}])")
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the nodes work with: the policy's engine, the TRM behind its retriever, the catalog.
+
+    `histories` maps a user id to item ids, oldest first; empty where users are unknown.
+    """
+
+    engine: Engine
+    retriever: Retriever
+    catalog: Catalog
+    histories: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def listed(self, item_id: str) -> protocol.ListedItem:
+        """Return the item as the policy reads it."""
+        attributes = self.catalog.display_attributes(item_id)
+        return protocol.ListedItem(
+            id=item_id,
+            title=self.catalog.display_title(item_id),
+            attributes=tuple(f"{name}: {', '.join(vs)}" for name, vs in attributes.items() if vs),
+        )
+
+    @cached_property
+    def scripts(self) -> frozenset[str]:
+        """Scripts of the catalog's titles and attributes, for the format rules."""
+        catalog = self.catalog
+        titles = (catalog.display_title(item_id) for item_id in catalog.ids)
+        return scripts_of(titles) | scripts_of(self._values)
+
+    @cached_property
+    def _values(self) -> Counter[str]:
+        return self._count_values(self.catalog.ids)
+
+    def _count_values(self, item_ids: Iterable[str]) -> Counter[str]:
+        shown = (self.catalog.display_attributes(item_id) for item_id in item_ids)
+        return Counter(value for attributes in shown for vs in attributes.values() for value in vs)
+
+    def vocabulary(self, history: Iterable[str], used: Iterable[str]) -> list[str]:
+        """Attribute values for guided preferences: the history's, then the catalog's commonest.
+
+        Values that lead one of the preferences in `used` are left out, so that each guided search
+        starts from another side.
+        """
+        own = self._count_values(history)
+        led = {preference.partition(";")[0].strip().casefold() for preference in used}
+        ranked = dict.fromkeys([*_by_count(own), *_by_count(self._values)])
+        kept = [value for value in ranked if value.casefold() not in led and ";" not in value]
+        return kept[:_VOCABULARY]
+
+
+def _by_count(counts: Counter[str]) -> list[str]:
+    return [value for value, _ in counts.most_common(_VOCABULARY * 2)]
+
+
+def read_request(
+    resources: Resources, request: RecommendationRequest, defaults: RunSettings
+) -> dict[str, Any]:
+    """Check a request against the catalog and write the prompt. Raises RequestError."""
+    started = time.monotonic()
+    settings = defaults.model_copy(
+        update={
+            name: value
+            for name, value in (("k", request.k), ("limits", request.limits))
+            if value is not None
+        }
+    )
+    catalog, engine = resources.catalog, resources.engine
+    history = _history(resources, request)
+    filters = Filters.parse(request.filters)
+    eligible = catalog.snapshot.allowed(history, filters).count
+    if settings.k > eligible:
+        raise RequestError(
+            f"k = {settings.k} recommendations are asked for and {eligible} items of the catalog "
+            "are eligible (not in the history, passing the filters): lower k or relax the filters"
+        )
+    read = [resources.listed(item) for item in history[-settings.history_length :]]
+    messages = protocol.build_messages(
+        read,
+        k=settings.k,
+        answer_form=settings.answer_form,
+        wishes=[_wish(condition) for condition in filters.conditions],
+    )
+    prompt: list[int] = engine.tokenizer.apply_chat_template(
+        messages, add_generation_prompt=True, return_dict=False
+    )
+    total = min(settings.limits.max_total_tokens, engine.max_model_len)
+    if len(prompt) + 256 > total:
+        raise RequestError(
+            f"the prompt takes {len(prompt)} of {total} tokens, which leaves no room to think: "
+            "lower history_length or raise the engine's max_model_len"
+        )
+    return {
+        "run": settings.model_dump(mode="json"),
+        "history_ids": list(history),
+        "where": request.filters,
+        "segments": Overwrite([segment("prompt", prompt)]),
+        "turns": Overwrite([]),
+        "counts": Overwrite({"seconds": time.monotonic() - started, "generations": 0.0}),
+        "pending": None,
+        "stop_reason": None,
+        "failure": None,
+    }
+
+
+def _history(resources: Resources, request: RecommendationRequest) -> tuple[str, ...]:
+    if (request.history is None) == (request.user_id is None):
+        raise RequestError("give either a history (ids or titles) or a user id, and not both")
+    if request.user_id is not None:
+        known = resources.histories.get(request.user_id)
+        if known is None:
+            raise RequestError(
+                f"user {request.user_id!r} is unknown: {len(resources.histories)} users are "
+                "known; give a history of titles instead"
+            )
+        ids = tuple(known)
+    else:
+        known_ids = resources.catalog.snapshot.index
+        ids = tuple(
+            text if text in known_ids else resources.catalog.resolve_title(text)
+            for text in request.history or ()
+        )
+    if not ids:
+        raise RequestError("the history is empty: give at least one item that the user liked")
+    return ids
+
+
+def _wish(condition: Condition) -> str:
+    """Say one condition of the filters in words that the policy can read."""
+    said = []
+    if condition.any_of:
+        said.append(" or ".join(condition.any_of))
+    if condition.none_of:
+        said.append("not " + " or ".join(condition.none_of))
+    if condition.gte is not None:
+        said.append(f"from {condition.gte:g}")
+    if condition.lte is not None:
+        said.append(f"up to {condition.lte:g}")
+    return sanitise(f"{condition.attribute}: {', '.join(said)}")
+
+
+async def think(resources: Resources, state: State) -> dict[str, Any]:
+    """Let the policy reason until it asks for a retrieval, closes its thought, or hits a limit."""
+    step = Step(resources.engine, state)
+    turns = state.get("turns", [])
+    try:
+        if step.settings.decoding == "free":
+            reason = await _think_freely(step, searches=len(turns))
+        else:
+            reason = await _think_guided(resources, step, state)
+    except LimitReachedError as limit:
+        return _stop(step, limit.reason, limit.detail)
+    parsed = protocol.parse_turn(step.text(since_list=True))
+    if reason is not None:
+        return _stop(step, reason)
+    return step.update(
+        next_node="call_trm", pending={"thought": parsed.thought, "preference": parsed.preference}
+    )
+
+
+def _stop(step: Step, reason: StopReason, detail: str = "") -> dict[str, Any]:
+    """End the thinking: keep the last thought, and say why it ended where no list will come."""
+    failed = reason != "answered" and (
+        step.settings.on_limit == "fail" or reason in ("time_budget", "engine_failure")
+    )
+    parsed = protocol.parse_turn(step.text(since_list=True))
+    turns = [Turn(thought=parsed.thought).model_dump()] if parsed.thought else []
+    return step.update(
+        next_node="rank",
+        pending=None,
+        turns=turns,
+        stop_reason=reason,
+        failure={"reason": reason, "detail": detail or f"stopped by {reason}"} if failed else None,
+    )
+
+
+async def _think_freely(step: Step, *, searches: int) -> StopReason | None:
+    """Generate once. Returns why the thinking is over, None where a retrieval is asked for."""
+    result = await step.generate(
+        max_tokens=step.limits.max_new_tokens,
+        stop=(protocol.END_PREFERENCE, protocol.END_THINK),
+        reserve=step.answer_reserve(),
+    )
+    if result.finish == "length":
+        full = step.room(reserve=step.answer_reserve()) <= 0
+        return "trajectory_length" if full else "generation_length"
+    if result.finish == "eos":
+        return "no_answer"
+    if result.stop_string == protocol.END_THINK:
+        return "answered"
+    return "max_retrievals" if searches >= step.limits.max_retrievals else None
+
+
+async def _think_guided(resources: Resources, step: Step, state: State) -> StopReason | None:
+    """Think freely, then choose by grammar: search (and for what) or stop.
+
+    Returns why the thinking is over, None where a retrieval is asked for.
+    """
+    reserve = step.answer_reserve()
+    turns = state.get("turns", [])
+    if not turns:
+        step.write("forced", f"{protocol.BEGIN_THINK}\n")
+    thought = await step.generate(
+        max_tokens=step.settings.thought_tokens,
+        stop=(
+            "\n\n",
+            protocol.BEGIN_PREFERENCE,
+            protocol.END_THINK,
+            protocol.BEGIN_ITEMS,
+            protocol.BEGIN_ANSWER,
+        ),
+        reserve=reserve,
+    )
+    if thought.stop_string == protocol.END_THINK:
+        return "answered"
+    if len(turns) >= step.limits.max_retrievals:
+        return "max_retrievals"
+    if thought.stop_string != protocol.BEGIN_PREFERENCE:
+        step.write("forced", "\n")
+        if len(turns) < step.limits.min_retrievals:
+            step.write("forced", protocol.BEGIN_PREFERENCE)
+        else:
+            options = (protocol.BEGIN_PREFERENCE, protocol.END_THINK)
+            choice = await step.generate(
+                max_tokens=32, stop=options, constraint=Constraint(choices=options), reserve=reserve
+            )
+            if choice.stop_string == protocol.END_THINK:
+                return "answered"
+    used = [turn["preference"] for turn in turns if turn["preference"]]
+    vocabulary = resources.vocabulary(state["history_ids"], used)
+    preference = await step.generate(
+        max_tokens=_PREFERENCE_TOKENS,
+        stop=(protocol.END_PREFERENCE,),
+        constraint=Constraint(regex=preference_regex(vocabulary)),
+        reserve=reserve,
+    )
+    if preference.stop_string is None:
+        step.write("forced", protocol.END_PREFERENCE)
+    return None
+
+
+def preference_regex(vocabulary: Sequence[str]) -> str:
+    """Grammar of a guided preference: one of the catalog's words, then up to two free phrases.
+
+    With an empty vocabulary the first phrase is free as well.
+    """
+    first = "|".join(_REGEX_SPECIAL.sub(r"\\\1", value) for value in vocabulary)
+    lead = f"({first})" if first else r"[a-z][a-z'-]{1,14}( [a-z'-]{2,14}){0,3}"
+    end = _REGEX_SPECIAL.sub(r"\\\1", protocol.END_PREFERENCE)
+    return f" {lead}{_FREE_PHRASES} {end}"
+
+
+async def call_trm(resources: Resources, state: State) -> dict[str, Any]:
+    """Answer the pending preference with the TRM's list, or refuse it in words."""
+    step = Step(resources.engine, state)
+    pending = state["pending"] or {}
+    preference: str | None = pending["preference"]
+    turns = state.get("turns", [])
+    refused = _refusal(preference, turns)
+    found: list[RetrievedItem] = []
+    if refused is None:
+        try:
+            left = step.check_time()
+            async with asyncio.timeout(left):
+                found = await retrieve(resources, state, preference, step.settings.retrieve_n)
+        except (TimeoutError, LimitReachedError):
+            return _stop(step, "time_budget", "the time budget ran out in a retrieval")
+    numbers = numbering([*turns, {"retrieved": [item.model_dump() for item in found]}])
+    text = (
+        protocol.render_refusal(refused)
+        if refused is not None
+        else protocol.render_retrieved(
+            [resources.listed(item.id) for item in found], numbers, step.settings.answer_form
+        )
+    )
+    ids = encode_list(step, resources, text)
+    if ids is None:
+        return _stop(step, "trajectory_length", "a retrieved list doesn't fit any more")
+    step.write_ids("environment", ids)
+    turn = Turn(thought=pending["thought"], preference=preference, retrieved=found, refused=refused)
+    return step.update(pending=None, turns=[turn.model_dump()])
+
+
+def encode_list(step: Step, resources: Resources, text: str) -> list[int] | None:
+    """Tokens of the environment's words, None where they would eat the answer's room."""
+    ids = list(resources.engine.tokenizer.encode(text, add_special_tokens=False))
+    return ids if len(ids) <= step.room(reserve=step.answer_reserve()) else None
+
+
+def _refusal(preference: str | None, turns: Sequence[Mapping[str, Any]]) -> str | None:
+    if preference is None:
+        return "no preference stands between the markers"
+    key = protocol.preference_key(preference)
+    asked = {protocol.preference_key(t["preference"]) for t in turns if t["preference"]}
+    return "this preference was searched for already; try another one" if key in asked else None
+
+
+async def retrieve(
+    resources: Resources, state: State, preference: str | None, n: int
+) -> list[RetrievedItem]:
+    """Return the TRM's best `n` eligible items; fewer where the filters leave fewer."""
+    history = tuple(state["history_ids"])
+    filters = Filters.parse(state["where"])
+    exclude = frozenset(history)
+    eligible = resources.catalog.snapshot.allowed(exclude, filters).count
+    request = RetrievalRequest(
+        history=history,
+        preference=preference,
+        k=min(n, eligible),
+        exclude=exclude,
+        filters=filters,
+    )
+    scored = await asyncio.wrap_future(resources.retriever.submit(request))
+    return [
+        RetrievedItem(id=item.id, title=resources.catalog.display_title(item.id), score=item.score)
+        for item in scored
+    ]
+
+
+def numbering(turns: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """Number of each retrieved item, counted from 1 through all turns by first appearance."""
+    ids = dict.fromkeys(item["id"] for turn in turns for item in turn["retrieved"])
+    return {id_: number for number, id_ in enumerate(ids, 1)}

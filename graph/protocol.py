@@ -1,0 +1,182 @@
+"""The protocol of one run: its markers, what the prompt says, how lists are written and read.
+
+Pure functions over text. Titles and attributes arrive here already sanitised (tools/titles.py),
+so nothing that the catalog holds can spell a marker.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+BEGIN_THINK, END_THINK = "<think>", "</think>"
+BEGIN_PREFERENCE, END_PREFERENCE = "<|begin_of_preference|>", "<|end_of_preference|>"
+BEGIN_ITEMS, END_ITEMS = "<|begin_of_item_list|>", "<|end_of_item_list|>"
+BEGIN_ANSWER, END_ANSWER = "<recommendation_list>", "</recommendation_list>"
+
+MAX_LINE_CHARS = 750
+"""Lines of a history or a list are cut here (METHOD.md §2, the authors' constant)."""
+
+AnswerForm = Literal["titles", "numbers"]
+"""titles: the answer names titles. numbers: it names the numbers of retrieved items (#17)."""
+
+_SYSTEM = (
+    "You recommend items from a catalog. You don't know the catalog by heart: you search it, look "
+    "at what comes back, search again from another side, and then rank what you found."
+)
+_SEARCH = f"""\
+Between {BEGIN_THINK} and {END_THINK}, reason about what this user may want next. To search, write \
+a few short phrases joined by ; between {BEGIN_PREFERENCE} and {END_PREFERENCE}. The catalog \
+answers with a list between {BEGIN_ITEMS} and {END_ITEMS}; never write such a list yourself. \
+Search as often as it helps, each time with another preference."""
+_ANSWER_TITLES = f"""\
+Then close {END_THINK} and write the {{k}} best of the listed titles, best first, each once:
+{BEGIN_ANSWER}
+1. (title)
+…
+{{k}}. (title)
+{END_ANSWER}"""
+_ANSWER_NUMBERS = f"""\
+Then close {END_THINK} and write the numbers of the {{k}} best listed items, best first, each once:
+{BEGIN_ANSWER}
+1. #(number)
+…
+{{k}}. #(number)
+{END_ANSWER}"""
+PLACEHOLDERS = ("(title)", "#(number)")
+"""What the prompt's example lines hold; copied into an answer they are a format failure."""
+
+
+@dataclass(frozen=True, slots=True)
+class ListedItem:
+    """An item as the policy reads it: sanitised, unique title and "name: a, b" attributes."""
+
+    id: str
+    title: str
+    attributes: tuple[str, ...] = ()
+
+
+def render_item(label: str, item: ListedItem) -> str:
+    """One item of a list: its labelled title and a line of attributes where it has any."""
+    lines = [f"{label} {item.title}"]
+    if item.attributes:
+        lines.append("  - " + " | ".join(item.attributes))
+    return "\n".join(line[:MAX_LINE_CHARS] for line in lines)
+
+
+def build_messages(
+    history: Sequence[ListedItem], *, k: int, answer_form: AnswerForm, wishes: Sequence[str] = ()
+) -> list[dict[str, str]]:
+    """Chat messages of a request: the task, the history oldest first, and the answer's form.
+
+    `wishes` are sanitised one-line statements of what the user asked for.
+    """
+    seen = "\n".join(render_item(f"{rank}.", item) for rank, item in enumerate(history, 1))
+    parts = [f"The user's history, oldest first:\n{seen}"]
+    if wishes:
+        parts.append("The user asks for: " + "; ".join(wishes))
+    answer = _ANSWER_TITLES if answer_form == "titles" else _ANSWER_NUMBERS
+    parts += [_SEARCH, answer.format(k=k)]
+    return [
+        {"role": "system", "content": _SYSTEM},
+        {"role": "user", "content": "\n\n".join(parts)},
+    ]
+
+
+def render_retrieved(
+    items: Sequence[ListedItem], numbers: Mapping[str, int], answer_form: AnswerForm
+) -> str:
+    """Write the environment's answer to a preference.
+
+    In the form `numbers` an item is labelled with its number of the whole run, which `numbers`
+    maps from its id; in the form `titles` lines count from 1.
+    """
+    labels = (
+        [f"#{numbers[item.id]}" for item in items]
+        if answer_form == "numbers"
+        else [f"{rank}." for rank in range(1, len(items) + 1)]
+    )
+    lines = [render_item(label, item) for label, item in zip(labels, items, strict=True)]
+    return "\n\n" + "\n".join([BEGIN_ITEMS, *lines, END_ITEMS]) + "\n\n"
+
+
+def render_refusal(reason: str) -> str:
+    """Write the environment's answer to a preference that it doesn't search for."""
+    return f"\n\n({reason})\n\n"
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedTurn:
+    """What the policy wrote in one turn. `preference` is None where no marked one is there."""
+
+    thought: str
+    preference: str | None
+
+
+def parse_turn(text: str) -> ParsedTurn:
+    """Read thought and preference off the policy's text of one turn.
+
+    The preference is what stands between the last begin marker and the first end marker after
+    it; empty or unmarked ones are None. Phrases are normalised by `normalise_preference`.
+    """
+    before, begin, rest = text.rpartition(BEGIN_PREFERENCE)
+    if not begin:
+        return ParsedTurn(_clean_thought(text.split(END_PREFERENCE, maxsplit=1)[0]), None)
+    inside, end, _ = rest.partition(END_PREFERENCE)
+    preference = normalise_preference(inside) if end else ""
+    return ParsedTurn(_clean_thought(before), preference or None)
+
+
+def normalise_preference(text: str) -> str:
+    """Phrases joined by "; " on one line, without empty ones or repeats (case ignored)."""
+    kept: dict[str, str] = {}
+    for phrase in (" ".join(part.split()) for part in text.split(";")):
+        if phrase:
+            kept.setdefault(phrase.casefold(), phrase)
+    return "; ".join(kept.values())
+
+
+def preference_key(preference: str) -> frozenset[str]:
+    """Compare preferences by this: the same phrases in another order are the same preference."""
+    return frozenset(phrase.strip().casefold() for phrase in preference.split(";"))
+
+
+def _clean_thought(text: str) -> str:
+    return text.replace(BEGIN_THINK, "").partition(END_THINK)[0].strip()
+
+
+_LINE = re.compile(r"\s*(\d{1,9})\.\s+(\S.*?)\s*")
+_NUMBER = re.compile(r"#?(\d{1,9})")
+
+
+def parse_answer(text: str) -> list[str] | None:
+    """Entries of the numbered lines between the answer's markers, in the order written.
+
+    None where there is no opening marker; an unclosed list is read as far as it goes.
+    """
+    _, begin, rest = text.rpartition(BEGIN_ANSWER)
+    if not begin:
+        return None
+    lines = rest.partition(END_ANSWER)[0].splitlines()
+    return [match[2] for line in lines if (match := _LINE.fullmatch(line))]
+
+
+def resolve_entries(
+    entries: Sequence[str],
+    retrieved: Sequence[ListedItem],
+    numbers: Mapping[str, int],
+    answer_form: AnswerForm,
+) -> list[str | None]:
+    """Item id of each entry, or None where it names nothing that was retrieved."""
+    if answer_form == "numbers":
+        by_number = {numbers[item.id]: item.id for item in retrieved}
+        matches = (_NUMBER.fullmatch(entry) for entry in entries)
+        return [by_number.get(int(match[1])) if match else None for match in matches]
+    by_title = {_title_key(item.title): item.id for item in retrieved}
+    return [by_title.get(_title_key(entry)) for entry in entries]
+
+
+def _title_key(title: str) -> str:
+    return " ".join(title.split()).casefold()

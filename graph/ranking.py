@@ -1,0 +1,152 @@
+"""The rank node: the policy's answer, resolved to item ids, filled where it left lines open."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from . import protocol
+from .engine.base import Constraint
+from .format_rules import check_format
+from .fusion import reciprocal_rank_fusion
+from .nodes import Resources, numbering, retrieve
+from .run import LimitReachedError, Step, closing
+from .state import Recommendation, Source, State, StopReason, Usage
+
+_LINE_TOKENS = 256
+_END_TOKENS = 2
+
+
+async def rank(resources: Resources, state: State) -> dict[str, Any]:
+    """Get the answer from the policy, and make the response.
+
+    A run that failed gets no generation: its answer is filled from the fused lists, or from the
+    TRM alone where nothing was retrieved. With `on_limit="fail"` or `fill=False` nothing is.
+    """
+    step = Step(resources.engine, state)
+    settings = step.settings
+    stop_reason: StopReason = state["stop_reason"] or "no_answer"
+    failure = state.get("failure")
+    turns: Sequence[Mapping[str, Any]] = state.get("turns", [])
+    numbers = numbering(turns)
+    candidates = [resources.listed(item_id) for item_id in numbers]
+    if failure is None:
+        try:
+            await _write_answer(step, stop_reason, candidates, numbers)
+        except LimitReachedError as limit:
+            stop_reason = limit.reason
+            failure = {"reason": limit.reason, "detail": limit.detail}
+    form = settings.answer_form
+    entries = protocol.parse_answer(step.text(since_list=True)) or []
+    answer = protocol.resolve_entries(entries, candidates, numbers, form)
+    retrievals = sum(turn["refused"] is None and bool(turn["preference"]) for turn in turns)
+    violations = check_format(
+        step.pieces(),
+        k=settings.k,
+        retrievals=retrievals,
+        entries=entries,
+        resolved=answer,
+        scripts=resources.scripts,
+    )
+    lines: list[tuple[str, Source]] = []
+    if failure is None or settings.on_limit == "answer":
+        lines = await _lines(resources, step, state, answer)
+    scores = _best_scores(turns)
+    transcript = step.transcript
+    usage = Usage(
+        prompt_tokens=transcript.count("prompt"),
+        policy_tokens=transcript.count("policy"),
+        guided_tokens=transcript.count("guided"),
+        forced_tokens=transcript.count("forced"),
+        environment_tokens=transcript.count("environment"),
+        generations=int(state["counts"]["generations"]) + step.generations,
+        retrievals=retrievals,
+    )
+    update = step.update(
+        recommendations=[
+            Recommendation(
+                id=item_id,
+                title=resources.catalog.display_title(item_id),
+                rank=position,
+                source=source,
+                score=scores.get(item_id),
+            ).model_dump()
+            for position, (item_id, source) in enumerate(lines, 1)
+        ],
+        answer=answer,
+        violations=violations,
+        stop_reason=stop_reason,
+        failure=failure,
+    )
+    seconds = state["counts"]["seconds"] + update["counts"]["seconds"]
+    return {**update, "usage": usage.model_copy(update={"seconds": seconds}).model_dump()}
+
+
+async def _write_answer(
+    step: Step,
+    stop_reason: StopReason,
+    candidates: Sequence[protocol.ListedItem],
+    numbers: Mapping[str, int],
+) -> None:
+    """Let the policy write its list; raises LimitReachedError."""
+    guided = step.settings.decoding == "guided"
+    text = step.text(since_list=True)
+    if protocol.parse_answer(text) is not None and not guided:
+        return  # it wrote the list within its thought; the format rules say what that is worth
+    if guided or stop_reason != "answered":
+        step.write("forced", closing(text))
+    if guided:
+        await _choose_lines(step, candidates, numbers)
+        return
+    result = await step.generate(max_tokens=step.limits.max_new_tokens, stop=(protocol.END_ANSWER,))
+    if result.finish == "stop" and step.room() > _END_TOKENS:
+        # Whether the policy ends here is its own doing: a trained one writes end-of-sequence.
+        await step.generate(max_tokens=_END_TOKENS)
+
+
+async def _choose_lines(
+    step: Step, candidates: Sequence[protocol.ListedItem], numbers: Mapping[str, int]
+) -> None:
+    """Guided answer: line by line the policy picks among what is retrieved and not yet listed."""
+    by_number = step.settings.answer_form == "numbers"
+    labels = [f"#{numbers[item.id]}" if by_number else item.title for item in candidates]
+    for position in range(1, min(step.settings.k, len(labels)) + 1):
+        step.write("forced", f"{position}.")
+        result = await step.generate(
+            max_tokens=_LINE_TOKENS,
+            stop=("\n",),
+            constraint=Constraint(choices=tuple(f" {label}\n" for label in labels)),
+        )
+        written = step.pieces()[-1][1].strip() if result.finish == "stop" else ""
+        if written not in labels:
+            break  # cut off by a limit; the rest is filled
+        labels.remove(written)
+    step.write("forced", protocol.END_ANSWER)
+    step.write_ids("forced", [step.eos_token_id])
+
+
+async def _lines(
+    resources: Resources, step: Step, state: State, answer: Sequence[str | None]
+) -> list[tuple[str, Source]]:
+    """K distinct items: the policy's own lines, then fused lists, then the TRM alone."""
+    k = step.settings.k
+    own: Source = "guided" if step.settings.decoding == "guided" else "policy"
+    lines: dict[str, Source] = {item: own for item in answer if item is not None}
+    if step.settings.fill:
+        fused = reciprocal_rank_fusion(
+            [item["id"] for item in turn["retrieved"]] for turn in state.get("turns", [])
+        )
+        for item_id in fused:
+            lines.setdefault(item_id, "fused")
+        if len(lines) < k:
+            for item in await retrieve(resources, state, None, k + len(lines)):
+                lines.setdefault(item.id, "trm")
+    return list(lines.items())[:k]
+
+
+def _best_scores(turns: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    scores: dict[str, float] = {}
+    for turn in turns:
+        for item in turn["retrieved"]:
+            scores[item["id"]] = max(item["score"], scores.get(item["id"], float("-inf")))
+    return scores

@@ -1,0 +1,217 @@
+"""What goes into a run, what comes out of it, and what the nodes hand on to each other.
+
+Requests, responses and settings are pydantic models: validated, described, drawn as a form in
+LangGraph Studio. The internal state is plain data, since LangGraph stores it at every step.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Annotated, Any, Literal, TypedDict
+
+from langgraph.channels import EphemeralValue
+from pydantic import BaseModel, ConfigDict, Field
+
+from .format_rules import Violation
+from .protocol import AnswerForm
+from .transcript import Segment
+
+Decoding = Literal["free", "guided"]
+Source = Literal["policy", "guided", "fused", "trm"]
+"""Who put a line into the answer: the policy writing freely; the policy under a grammar; the
+fused retrieved lists; the TRM alone. The last two are filled lines, not the policy's."""
+
+FILLED: frozenset[Source] = frozenset({"fused", "trm"})
+
+StopReason = Literal[
+    "answered",
+    "no_answer",
+    "max_retrievals",
+    "generation_length",
+    "trajectory_length",
+    "time_budget",
+    "engine_failure",
+]
+"""How the thinking ended. answered: the policy closed it itself. no_answer: it ended the run
+without a list. The others name the limit that was hit, or a failing engine."""
+
+
+MAX_RETRIEVALS = 64
+"""The most searches that any run may be allowed."""
+
+
+class _Model(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Limits(_Model):
+    """Bounds of one run; the environment enforces them."""
+
+    max_retrievals: int = Field(
+        8, ge=1, le=MAX_RETRIEVALS, description="Searches per run, refused ones included."
+    )
+    min_retrievals: int = Field(
+        2, ge=0, le=MAX_RETRIEVALS, description="Guided decoding offers to stop only after this many searches."
+    )
+    max_new_tokens: int = Field(2048, ge=16, description="Tokens of one generation.")
+    max_total_tokens: int = Field(
+        16384, ge=256, description="Tokens of a run, prompt included; the engine may hold fewer."
+    )
+    time_budget_s: float | None = Field(
+        None, gt=0, description="Seconds for a run; then the answer is made of what was found."
+    )
+
+
+class RunSettings(_Model):
+    """How a run is made. The same for training, evaluation and serving; only values differ."""
+
+    k: int = Field(10, ge=1, le=100, description="Recommendations wanted.")
+    retrieve_n: int = Field(20, ge=1, le=200, description="Items that one search returns.")
+    history_length: int = Field(
+        20, ge=1, le=200, description="Latest history items that the policy reads."
+    )
+    decoding: Decoding = Field(
+        "guided",
+        description="free: the policy writes everything (training, strict evaluation). guided: a "
+        "grammar keeps preferences, the choice to stop and the list valid (serving).",
+    )
+    answer_form: AnswerForm = Field("titles", description="Answer lines name titles or numbers.")
+    temperature: float = Field(0.0, ge=0, le=2, description="Sampling temperature; 0 is greedy.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling.")
+    seed: int | None = Field(None, description="Sampling seed; none draws anew each run.")
+    thought_tokens: int = Field(
+        96, ge=1, description="Guided decoding: tokens of one thought at most."
+    )
+    on_limit: Literal["answer", "fail"] = Field(
+        "answer",
+        description="answer: a run that hits a limit is closed and answered (serving). fail: it "
+        "ends without a list (training).",
+    )
+    fill: bool = Field(True, description="Fill lines that the policy left open; they are flagged.")
+    limits: Limits = Field(default_factory=Limits, description="Bounds of a run.")
+
+
+class RecommendationRequest(_Model):
+    """What a caller asks. Give `history` or `user_id`, not both."""
+
+    history: list[str] | None = Field(
+        None,
+        description="Items the user liked, oldest first: catalog ids or titles.",
+        examples=[["Toy Story", "Babe", "Aladdin"]],
+    )
+    user_id: str | None = Field(
+        None, description="A user whose history is known.", examples=["196"]
+    )
+    k: int | None = Field(None, ge=1, description="Recommendations wanted; overrides settings.")
+    filters: dict[str, Any] = Field(
+        default_factory=dict,
+        description='Only items whose attributes match, e.g. {"genres": ["Comedy"]}.',
+        examples=[{"genres": ["Comedy", "Drama"]}],
+    )
+    limits: Limits | None = Field(None, description="Bounds of this run; overrides settings.")
+
+
+class RetrievedItem(_Model):
+    """One item of a retrieved list."""
+
+    id: str
+    title: str
+    score: float
+
+
+class Turn(_Model):
+    """One turn: a thought, the preference it led to, and what came back.
+
+    `preference` is None in the last turn, which argues the ranking. `refused` says why a
+    preference was not searched for.
+    """
+
+    thought: str
+    preference: str | None = None
+    retrieved: list[RetrievedItem] = Field(default_factory=list)
+    refused: str | None = None
+
+
+class Recommendation(_Model):
+    """One line of the answer. `score` is the item's best TRM score of the run, if any."""
+
+    id: str
+    title: str
+    rank: int = Field(ge=1)
+    source: Source
+    score: float | None = None
+
+    @property
+    def filled(self) -> bool:
+        """Whether the line is not the policy's own."""
+        return self.source in FILLED
+
+
+class Failure(_Model):
+    """Why a run has no (own) answer."""
+
+    reason: StopReason
+    detail: str
+
+
+class Usage(_Model):
+    """What a run cost. Tokens by author (see graph/transcript.py), calls, seconds in nodes."""
+
+    prompt_tokens: int = 0
+    policy_tokens: int = 0
+    guided_tokens: int = 0
+    forced_tokens: int = 0
+    environment_tokens: int = 0
+    generations: int = 0
+    retrievals: int = 0
+    seconds: float = 0.0
+
+
+class RecommendationResponse(_Model):
+    """The answer: K distinct items best first, how they were found, and what it cost.
+
+    `answer` holds the policy's own lines as written, resolved to item ids (None: not among the
+    retrieved); strict evaluation reads it and `violations`, serving reads `recommendations`.
+    """
+
+    recommendations: list[Recommendation]
+    turns: list[Turn]
+    answer: list[str | None]
+    violations: list[Violation]
+    stop_reason: StopReason
+    failure: Failure | None
+    usage: Usage
+
+
+def add_counts(left: dict[str, float], right: dict[str, float]) -> dict[str, float]:
+    """Reducer: sum counters key by key."""
+    return {name: left.get(name, 0.0) + right.get(name, 0.0) for name in left | right}
+
+
+class State(TypedDict, total=False):
+    """What nodes hand on. Plain data only; see Segment for how tokens are kept."""
+
+    # the request, as RecommendationRequest names it; gone after read_request, so that a second
+    # run on one thread doesn't inherit the first one's
+    history: Annotated[list[str] | None, EphemeralValue]
+    user_id: Annotated[str | None, EphemeralValue]
+    k: Annotated[int | None, EphemeralValue]
+    filters: Annotated[dict[str, Any], EphemeralValue]
+    limits: Annotated[Limits | None, EphemeralValue]
+    # made by read_request
+    run: dict[str, Any]  # RunSettings of this run, dumped
+    history_ids: list[str]
+    where: dict[str, Any]  # the request's filters
+    # made by the loop
+    segments: Annotated[list[Segment], operator.add]
+    turns: Annotated[list[dict[str, Any]], operator.add]  # Turn, dumped
+    counts: Annotated[dict[str, float], add_counts]  # generations, seconds
+    next_node: Literal["call_trm", "rank"]
+    pending: dict[str, Any] | None  # thought and preference that call_trm is to answer
+    stop_reason: StopReason | None
+    failure: dict[str, Any] | None
+    # made by rank, as RecommendationResponse names it
+    recommendations: list[dict[str, Any]]
+    answer: list[str | None]
+    violations: list[Violation]
+    usage: dict[str, Any]

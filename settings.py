@@ -1,0 +1,100 @@
+"""One settings object. Every field can be set by an environment variable DEEPREC_…
+
+Nested fields are joined by two underscores: DEEPREC_ENGINE__MAX_MODEL_LEN=8192. What belongs to
+one run (k, turns, decoding …) is RunSettings in graph/state.py, and comes with the run.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from platformdirs import user_cache_path
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from .errors import SettingsError
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class EngineSettings(_Section):
+    """The policy's engine."""
+
+    # vllm: in this process's care. server: a running vLLM server at `url`.
+    kind: Literal["vllm", "server"] = "vllm"
+    url: str = "http://127.0.0.1:8000"
+    # Most tokens of one run, prompt included.
+    max_model_len: int = Field(8192, ge=512)
+    # auto: the model's own type; float32 on a CPU that has no bfloat16 arithmetic.
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    # Memory of the KV cache on a CPU.
+    kv_cache_gib: int = Field(2, ge=1)
+    # Share of a GPU's memory that vLLM may take.
+    gpu_memory_utilization: float = Field(0.85, gt=0, le=1)
+    # Sequences decoded at the same time.
+    max_num_seqs: int = Field(64, ge=1)
+
+
+class CatalogSettings(_Section):
+    """Where the catalog lives and how it is searched."""
+
+    # Host of a Chroma server; none: embedded, in the workspace's folder.
+    host: str | None = None
+    port: int = Field(8000, ge=1, le=65535)
+    # exact: every item is scored. hnsw: Chroma's approximate index.
+    search: Literal["exact", "hnsw"] = "exact"
+
+
+class Settings(BaseSettings):
+    """Where things are, and what loads them. Build it with `load_settings`."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="DEEPREC_", env_nested_delimiter="__", extra="forbid"
+    )
+
+    # Everything that DeepRec makes or downloads lies under this folder.
+    home: Path = Field(default_factory=lambda: user_cache_path("deeprec", appauthor=False))
+    # A data set with its TRM and catalog: a folder of this name under home/workspaces.
+    workspace: str = Field("ml-100k", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    # Hub name or folder of the LLM; none: the demo's SmolLM2-135M-Instruct.
+    model: str | None = None
+    # Hub name or folder of the sentence encoder; none: the demo's all-MiniLM-L6-v2.
+    encoder: str | None = None
+    engine: EngineSettings = Field(default_factory=EngineSettings)
+    catalog: CatalogSettings = Field(default_factory=CatalogSettings)
+
+    @property
+    def assets_dir(self) -> Path:
+        """Folder of the demo's models and data."""
+        return self.home / "assets"
+
+    @property
+    def model_name(self) -> str:
+        """Hub name or folder of the LLM in use."""
+        return self.model or str(self.assets_dir / "SmolLM2-135M-Instruct")
+
+    @property
+    def encoder_name(self) -> str:
+        """Hub name or folder of the sentence encoder in use."""
+        return self.encoder or str(self.assets_dir / "all-MiniLM-L6-v2")
+
+    @property
+    def workspace_dir(self) -> Path:
+        """Folder of the workspace in use; holds dataset, trm, catalog and embeddings."""
+        return self.home / "workspaces" / self.workspace
+
+
+def load_settings(**overrides: object) -> Settings:
+    """Build settings from the environment; keywords win over it. Raises SettingsError."""
+    try:
+        return Settings(**overrides)  # type: ignore[arg-type]  # pydantic checks them
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']} "
+            f"(got {problem['input']!r})"
+            for problem in error.errors()
+        )
+        raise SettingsError(f"invalid settings: {problems}") from error

@@ -1,0 +1,74 @@
+"""Small real parts for the tests of tools/: a sentence encoder that is built on the spot (real
+sentence-transformers, random weights) and a data set whose regularities a TRM can learn."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+from deeprec.tools.interactions import InteractionData, Item
+from deeprec.tools.text_encoder import TextEncoder
+
+GENRES = ("Comedy", "Drama", "Horror", "Western")
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sentence-transformers model, 32 wide, over a vocabulary of a hundred words."""
+    folder = tmp_path_factory.mktemp("encoder")
+    words = ["[PAD]", "[UNK]", *(genre.lower() for genre in GENRES), "genres", "similar", "to"]
+    words += ["film", ":", ";", ",", ".", *(str(n) for n in range(90))]
+    tokenizer = Tokenizer(models.WordLevel({w: n for n, w in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    torch.manual_seed(0)
+    bert = BertModel(
+        BertConfig(
+            vocab_size=len(words),
+            hidden_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+            max_position_embeddings=64,
+            initializer_range=0.5,
+        )
+    )
+    bert.save_pretrained(folder / "bert")
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]"
+    ).save_pretrained(folder / "bert")
+    body = Transformer(str(folder / "bert"))
+    model = SentenceTransformer(modules=[body, Pooling(32), Normalize()], device="cpu")
+    model.save(str(folder / "model"))
+    return folder / "model"
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tiny_encoder_folder: Path) -> TextEncoder:
+    return TextEncoder(str(tiny_encoder_folder))
+
+
+@pytest.fixture(scope="session")
+def tiny_data() -> InteractionData:
+    """80 users who walk through 40 films in steps of one, with a genre for every ten films."""
+    items = tuple(
+        Item(str(n), f"Film {n}", {"genres": (GENRES[n // 10],), "year": (str(1960 + n),)})
+        for n in range(40)
+    )
+    rng = np.random.default_rng(0)
+    length = 12
+    starts = rng.integers(40, size=80)
+    walks = (starts[:, None] + np.arange(length)) % 40
+    return InteractionData(
+        name="tiny",
+        items=items,
+        user_ids=tuple(f"u{n}" for n in range(80)),
+        users=np.repeat(np.arange(80), length).astype(np.int32),
+        item_indices=walks.ravel().astype(np.int32),
+        times=np.tile(np.arange(length), 80).astype(np.int64),
+    )

@@ -1,0 +1,99 @@
+import pytest
+
+from deeprec.graph import protocol
+from deeprec.graph.fusion import reciprocal_rank_fusion
+from deeprec.graph.protocol import ListedItem, ParsedTurn
+
+BEGIN, END = protocol.BEGIN_PREFERENCE, protocol.END_PREFERENCE
+ALIEN, ALIENS = ListedItem("a", "Alien", ("genres: Horror",)), ListedItem("b", "Aliens")
+
+
+@pytest.mark.parametrize(
+    ("text", "thought", "preference"),
+    [
+        (
+            f"<think>\nHe likes space. {BEGIN} horror; space {END}",
+            "He likes space.",
+            "horror; space",
+        ),
+        (f"No marker {END}", "No marker", None),
+        (f"{BEGIN}  {END}", "", None),
+        (f"x {BEGIN} ; ; {END}", "x", None),
+        (f"x {BEGIN} never closed", "x", None),
+        (f"{BEGIN} one {BEGIN} two {END} tail", f"{BEGIN} one", "two"),
+        (f"x {BEGIN} a ;b\n; A;  c  d {END}", "x", "a; b; c d"),
+        ("the end</think>", "the end", None),
+        ("", "", None),
+    ],
+)
+def test_parse_turn(text: str, thought: str, preference: str | None) -> None:
+    assert protocol.parse_turn(text) == ParsedTurn(thought, preference)
+
+
+def test_preference_key_ignores_order_and_case() -> None:
+    assert protocol.preference_key("Space; horror") == protocol.preference_key("horror; space")
+    assert protocol.preference_key("space") != protocol.preference_key("horror")
+
+
+@pytest.mark.parametrize(
+    ("text", "entries"),
+    [
+        (
+            "<recommendation_list>\n1. Alien\n 2.  Aliens \n</recommendation_list>",
+            ["Alien", "Aliens"],
+        ),
+        ("<recommendation_list>\n1. Alien\nchatter\n2. 3. Aliens", ["Alien", "3. Aliens"]),
+        ("<recommendation_list></recommendation_list>", []),
+        ("1. Alien", None),
+        ("<recommendation_list>\n1.\n2. ", []),
+    ],
+)
+def test_parse_answer(text: str, entries: list[str] | None) -> None:
+    assert protocol.parse_answer(text) == entries
+
+
+def test_a_title_inside_a_title_is_another_item() -> None:
+    resolved = protocol.resolve_entries(
+        ["Aliens", " alien ", "Alie", "Alien 3"], [ALIEN, ALIENS], {"a": 1, "b": 2}, "titles"
+    )
+    assert resolved == ["b", "a", None, None]
+
+
+def test_numbers_resolve_by_number_only() -> None:
+    resolved = protocol.resolve_entries(
+        ["#2", "1", "#3", "Alien", "#1 Alien"], [ALIEN, ALIENS], {"a": 1, "b": 2}, "numbers"
+    )
+    assert resolved == ["b", "a", None, None, None]
+
+
+def test_rendered_list_has_the_protocols_form() -> None:
+    text = protocol.render_retrieved([ALIEN, ALIENS], {"a": 7, "b": 9}, "titles")
+    assert text == (
+        "\n\n<|begin_of_item_list|>\n1. Alien\n  - genres: Horror\n2. Aliens\n"
+        "<|end_of_item_list|>\n\n"
+    )
+    text = protocol.render_retrieved([ALIEN, ALIENS], {"a": 7, "b": 9}, "numbers")
+    assert "#7 Alien\n" in text
+    assert "#9 Aliens\n" in text
+
+
+def test_long_lines_are_cut() -> None:
+    line = protocol.render_item("1.", ListedItem("a", "x" * 5000))
+    assert len(line) == protocol.MAX_LINE_CHARS
+
+
+@pytest.mark.parametrize("form", ["titles", "numbers"])
+def test_prompt_holds_the_history_in_order_and_k(form: protocol.AnswerForm) -> None:
+    messages = protocol.build_messages([ALIEN, ALIENS], k=7, answer_form=form, wishes=["only 1979"])
+    text = messages[1]["content"]
+    assert text.index("1. Alien\n") < text.index("2. Aliens\n")
+    assert "\n7. " in text
+    assert "only 1979" in text
+    assert [message["role"] for message in messages] == ["system", "user"]
+
+
+def test_reciprocal_rank_fusion_by_hand() -> None:
+    # a: 1/61 + 1/63 = .03227; b: 1/62 + 1/61 = .03252; c: 1/62 = .01613
+    assert reciprocal_rank_fusion([["a", "b"], ["b", "c", "a"]]) == ["b", "a", "c"]
+    assert reciprocal_rank_fusion([]) == []
+    assert reciprocal_rank_fusion([["x", "y"]]) == ["x", "y"]

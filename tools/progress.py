@@ -1,0 +1,39 @@
+"""Progress bars of long work on a terminal (rich)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+if TYPE_CHECKING:
+    from .trm.fit import FitProgress
+
+
+@contextmanager
+def trm_progress(console: Console) -> Iterator[Callable[[FitProgress], None]]:
+    """Yield the callback of `fit`: a bar for the preferences, one for the steps."""
+    columns = (
+        TextColumn("  {task.description:<24}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}", style="dim"),
+    )
+    titles = {"preferences": "embedding preferences", "fit": "training the TRM"}
+    with Progress(*columns, console=console) as bars:
+        tasks = {}
+
+        def report(at: FitProgress) -> None:
+            if at.stage not in tasks:
+                tasks[at.stage] = bars.add_task(titles[at.stage], total=at.total, note="")
+            note = f"epoch {at.epoch}, loss {at.loss:.3f}" if at.stage == "fit" else ""
+            if at.valid_ndcg is not None:
+                without, with_preference = at.valid_ndcg
+                note += f", NDCG@10 {without:.3f} alone, {with_preference:.3f} with a preference"
+            bars.update(tasks[at.stage], completed=at.step, total=at.total, note=note)
+
+        yield report

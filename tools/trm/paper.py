@@ -1,0 +1,114 @@
+"""The paper's preference-aware TRM (METHOD.md section 3): UniSRec-style, early fusion.
+
+Text passes a mixture-of-experts adaptor, is fused with ID embeddings in the frequency domain and
+read by a bidirectional transformer; the preference is added to the last state.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .config import PaperConfig
+
+
+class ExpertAdaptor(nn.Module):
+    """Mixture of linear experts, gated by a softmax that is noisy in training:
+    `[…, text_dim]` to `[…, dim]`.
+    """
+
+    def __init__(self, text_dim: int, dim: int, experts: int, dropout: float):
+        super().__init__()
+        self.dropout = nn.Dropout(dropout)
+        self.experts = nn.Linear(text_dim, experts * dim)
+        self.gate = nn.Parameter(torch.zeros(text_dim, experts))
+        self.noise = nn.Parameter(torch.zeros(text_dim, experts))
+        self.shape = (experts, dim)
+
+    def forward(self, text: Tensor) -> Tensor:
+        logits = text @ self.gate
+        if self.training:
+            spread = F.softplus(text @ self.noise) + 1e-2
+            logits = logits + torch.randn_like(logits) * spread
+        mixed = self.experts(self.dropout(text)).unflatten(-1, self.shape)
+        return torch.einsum("...e,...ed->...d", logits.softmax(-1), mixed)
+
+
+class ContextualConvolution(nn.Module):
+    """Fuses ID and text embeddings `[B, L, dim]` by convolution along the whole sequence, done as
+    products of their spectra; L is fixed.
+    """
+
+    def __init__(self, length: int, dim: int):
+        super().__init__()
+        self.length = length
+        self.filter = nn.Parameter(torch.randn(length // 2 + 1, dim, 2) * 0.02)
+        self.id_gate = nn.Linear(dim, dim)
+        self.text_gate = nn.Linear(dim, dim)
+
+    def forward(self, ids: Tensor, text: Tensor) -> Tensor:
+        id_spectrum = torch.fft.rfft(ids, dim=1, norm="ortho")
+        text_spectrum = torch.fft.rfft(text, dim=1, norm="ortho")
+        filtered = id_spectrum * torch.view_as_complex(self.filter)
+        a = torch.fft.irfft(filtered, n=self.length, dim=1, norm="ortho")
+        b = torch.fft.irfft(text_spectrum * id_spectrum, n=self.length, dim=1, norm="ortho")
+        return 2 * (a * torch.sigmoid(self.id_gate(a)) + b * torch.sigmoid(self.text_gate(b)))
+
+
+class PaperNet(nn.Module):
+    """Vectors are unit vectors: their inner product is the paper's cosine."""
+
+    causal = False  # only the last position's state may be trained on: the others see it
+
+    def __init__(self, config: PaperConfig, n_items: int):
+        super().__init__()
+        self.config = config
+        dim = config.dim
+        self.dim = dim
+        self.item_embedding = nn.Embedding(n_items, dim)
+        nn.init.normal_(self.item_embedding.weight, std=0.02)
+        self.adaptor = ExpertAdaptor(config.text_dim, dim, config.experts, config.expert_dropout)
+        self.fusion = ContextualConvolution(config.history_length, dim)
+        self.position = nn.Embedding(config.history_length, dim)
+        nn.init.normal_(self.position.weight, std=0.02)
+        self.input_norm = nn.LayerNorm(dim)
+        self.dropout = nn.Dropout(config.dropout)
+        layer = nn.TransformerEncoderLayer(
+            dim, config.heads, config.inner, config.dropout, activation="gelu", batch_first=True
+        )
+        self.encoder = nn.TransformerEncoder(layer, config.layers, enable_nested_tensor=False)
+        self.user_norm = nn.LayerNorm(dim)
+
+    def text_features(self, text: Tensor) -> Tensor:
+        return self.adaptor(text)
+
+    def item_vectors(self, index: Tensor, text: Tensor) -> Tensor:
+        """An item without an ID embedding is stood in for by its adapted text."""
+        known = self.item_embedding(index.clamp_min(0))
+        unknown = index < 0
+        if bool(unknown.any()):
+            known = torch.where(unknown[:, None], self.text_features(text), known)
+        return F.normalize(known, dim=-1)
+
+    def states(self, history: Tensor, text: Tensor, lengths: Tensor) -> Tensor:
+        """`[B, L]` items and their `text_features` to states `[B, L, dim]`."""
+        length = self.config.history_length
+        short = length - history.shape[1]
+        history = F.pad(history, (0, short), value=-1)
+        text = F.pad(text, (0, 0, 0, short))
+        valid = torch.arange(length, device=history.device)[None] < lengths[:, None]
+        has_id = (valid & (history >= 0))[..., None]
+        ids = self.item_embedding(history.clamp_min(0)) * has_id
+        x = self.fusion(ids, text * valid[..., None]) + self.position.weight
+        x = self.dropout(self.input_norm(x))
+        return self.encoder(x, src_key_padding_mask=~valid)
+
+    def apart(self, states: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
+        """Here history and preference are learned together."""
+        return states, items
+
+    def fuse(self, state: Tensor, preference: Tensor | None, has: Tensor | None) -> Tensor:
+        """States `[n, dim]` and preference embeddings `[n, text_dim]` to user vectors."""
+        if preference is not None:
+            query = self.text_features(preference)
+            state = state + (query if has is None else query * has[:, None])
+        return F.normalize(self.user_norm(state), dim=-1)

@@ -1,0 +1,246 @@
+"""Fit TRMs of several variants and seeds, and write checkpoints, model cards and results.
+
+    python training/run_trm.py --config training/configs/trm_ml100k.yaml
+
+Fits that an earlier, interrupted run of the same configuration finished are kept. What one fit
+does is in deeprec/tools/trm/fit.py; this script only loops, records and sums up.
+"""
+
+import argparse
+import os
+import sys
+import time
+from argparse import RawTextHelpFormatter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+import yaml
+from deeprec.errors import DeepRecError, SettingsError, TRMError
+from deeprec.tools.interactions import InteractionData, Split, leave_one_out
+from deeprec.tools.text_encoder import TextEncoder, item_embeddings
+from deeprec.tools.trm.cold import without_items
+from deeprec.tools.trm.config import DeepRecConfig, FitConfig, TRMConfig
+from deeprec.tools.trm.evaluate import Judge
+from deeprec.tools.trm.fit import FitProgress, fit
+from deeprec.tools.trm.preferences import PreferencePool
+from deeprec.tools.trm.report import (
+    FitRecord,
+    RunResults,
+    evaluate_run,
+    markdown_table,
+    model_card,
+    print_table,
+)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+
+class Variant(BaseModel):
+    """One way to build and fit a TRM."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: TRMConfig = Field(default_factory=DeepRecConfig)
+    training: FitConfig = FitConfig()
+    cold_share: float = Field(0.0, ge=0, lt=1)  # of the items, kept out of training
+
+
+class TRMRun(BaseModel):
+    """The configuration file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    data: Path  # a prepared data set (`deeprec prepare`)
+    encoder: str  # sentence-transformers hub name or folder
+    output: Path  # checkpoints and results
+    seeds: tuple[int, ...] = (0, 1, 2)
+    threads: int = Field(2, ge=1)  # of the CPU
+    device: str = "cpu"
+    variants: dict[str, Variant] = Field(min_length=1)
+
+
+def load_config(path: Path, **changes: object) -> TRMRun:
+    """The validated configuration; `changes` that are not None replace its fields."""
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise SettingsError(f"can't read the configuration {path}: {error}.") from error
+    if not isinstance(raw, dict):
+        raise SettingsError(f"{path} is not a configuration: it holds no fields.")
+    raw.update({key: value for key, value in changes.items() if value is not None})
+    try:
+        return TRMRun.model_validate(raw)
+    except ValidationError as error:
+        raise SettingsError(f"{path}: {error}") from error
+
+
+def run(config: TRMRun, console: Console) -> RunResults:
+    """Fit what is missing, evaluate everything, write results.json and table.md."""
+    torch.set_num_threads(config.threads)
+    data = InteractionData.load(config.data)
+    encoder = TextEncoder(config.encoder, device=config.device)
+    fitter = Fitter(config, data, encoder, console)
+    for name, variant in config.variants.items():
+        for seed in config.seeds:
+            fitter.fit(name, variant, seed)
+    judge = Judge(data, leave_one_out(data), fitter.embeddings, encoder)
+    results = evaluate_run(config.output, judge)
+    _write(config.output / "results.json", results.model_dump_json(indent=2) + "\n")
+    _write(config.output / "table.md", markdown_table(results))
+    print_table(results, console)
+    return results
+
+
+class FitBar:
+    """A progress bar that a fit reports to."""
+
+    def __init__(self, bar: Progress, title: str):
+        self._bar = bar
+        self._title = title
+        self._tasks: dict[str, TaskID] = {}
+        self.examples = 0
+
+    def __call__(self, at: FitProgress) -> None:
+        self.examples = max(self.examples, at.examples)
+        what = "preference texts" if at.stage == "preferences" else f"epoch {at.epoch}"
+        if at.valid_ndcg is not None:
+            what += f", valid NDCG@10 {at.valid_ndcg[0]:.3f} / {at.valid_ndcg[1]:.3f}"
+        if at.stage not in self._tasks:
+            self._tasks[at.stage] = self._bar.add_task(self._title)
+        self._bar.update(
+            self._tasks[at.stage],
+            completed=at.step,
+            total=at.total,
+            description=f"{self._title}: {what}",
+        )
+
+
+@contextmanager
+def fit_bar(console: Console, title: str) -> Iterator[FitBar]:
+    """A bar on the console while a fit runs."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bar:
+        yield FitBar(bar, title)
+
+
+class Fitter:
+    """Fits one variant and seed after another; embedded texts are shared between them."""
+
+    def __init__(
+        self, config: TRMRun, data: InteractionData, encoder: TextEncoder, console: Console
+    ):
+        self.config, self.data, self.encoder, self.console = config, data, encoder, console
+        self.cache = config.output / "cache"
+        self.embeddings = item_embeddings(encoder, data.items, self.cache)
+        self.pools: dict[tuple[str, int, int], PreferencePool] = {}
+
+    def fit(self, name: str, variant: Variant, seed: int) -> None:
+        """Raises TRMError if this place holds a fit of another configuration."""
+        folder = self.config.output / name / f"seed-{seed}"
+        wanted = FitRecord(
+            variant=name,
+            seed=seed,
+            dataset=self.data.fingerprint,
+            encoder=self.encoder.fingerprint,
+            cold_share=variant.cold_share,
+            model=variant.model,
+            training=variant.training,
+        )
+        finished = FitRecord.read(folder)
+        if finished is not None:
+            changed = finished.differences(wanted)
+            if changed:
+                raise TRMError(
+                    f"{folder} was fitted with another configuration; these differ: "
+                    f"{', '.join(changed)}. Give another output folder, or remove this one."
+                )
+            self.console.print(f"{name}, seed {seed}: fitted already")
+            return
+        data, text = self.data, self.embeddings
+        if variant.cold_share:
+            data = without_items(self.data, variant.cold_share, seed)
+            warm = set(item.id for item in data.items)
+            text = text[[item.id in warm for item in self.data.items]]
+        split = leave_one_out(data)
+        with fit_bar(self.console, f"{name}, seed {seed}") as bar:
+            began = time.perf_counter()
+            pool = self.pool(data, split, text, variant, bar)
+            ready = time.perf_counter()
+            model = fit(
+                data,
+                split,
+                text,
+                self.encoder,
+                variant.model,
+                variant.training,
+                seed=seed,
+                pool=pool,
+                progress=bar,
+                device=self.config.device,
+            )
+            done = time.perf_counter()
+        record = wanted.model_copy(
+            update={
+                "model": model.config,
+                "prepare_seconds": ready - began,
+                "fit_seconds": done - ready,
+                "examples": bar.examples,
+            }
+        )
+        model.save_pretrained(folder, card=model_card(record, data))
+        record.write(folder)
+
+    def pool(
+        self,
+        data: InteractionData,
+        split: Split,
+        text: np.ndarray,
+        variant: Variant,
+        bar: FitBar,
+    ) -> PreferencePool | None:
+        """The embedded preference texts of this data set, made once."""
+        if not variant.training.preferences:
+            return None
+        key = (data.fingerprint, variant.training.pool, variant.model.history_length)
+        if key not in self.pools:
+            self.pools[key] = PreferencePool(
+                data.items,
+                text,
+                split.train,
+                self.encoder,
+                size=variant.training.pool,
+                history_length=variant.model.history_length,
+                progress=lambda done, total: bar(FitProgress("preferences", done, total)),
+            )
+        return self.pools[key]
+
+
+def _write(path: Path, text: str) -> None:
+    beside = path.with_name(f"{path.name}.part")
+    beside.write_text(text)
+    os.replace(beside, path)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; gives the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="YAML file, see TRMRun")
+    parser.add_argument("--data", type=Path, help="instead of the file's data folder")
+    parser.add_argument("--encoder", help="instead of the file's sentence encoder")
+    parser.add_argument("--output", type=Path, help="instead of the file's output folder")
+    parser.add_argument("--seeds", type=int, nargs="+", help="instead of the file's seeds")
+    given = vars(parser.parse_args(arguments))
+    try:
+        run(load_config(**{"path": given.pop("config"), **given}), Console())
+    except DeepRecError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
