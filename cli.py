@@ -40,6 +40,7 @@ DecodingOption = Annotated[
 
 def main() -> None:
     """Run the command; an error that the user can mend is told without a traceback."""
+    _quiet()
     try:
         app()
     except DeepRecError as error:
@@ -202,15 +203,15 @@ def serve_llm(
 def _agent(workspace: str | None, settings: RunSettings) -> Any:
     from .graph.app import load_graph
 
-    _quiet()
     return load_graph(_workspace(workspace), settings)
 
 
 def _quiet() -> None:
-    """Keep the libraries' own progress bars and hints off the terminal."""
+    """Keep the libraries' own progress bars and warnings off the terminal, if nobody set them."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
 
 
 def _json_object(text: str | None) -> dict[str, Any]:

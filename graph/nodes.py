@@ -30,9 +30,18 @@ from .run import LimitReachedError, Step
 from .state import RecommendationRequest, RetrievedItem, RunSettings, State, StopReason, Turn
 from .transcript import segment
 
+# Guided thoughts are free, but for their first words: an untuned model that is given none copies
+# the prompt instead of reasoning about the user.
+_LEADS = (
+    "This user seems to like",
+    "Another side of this user is",
+    "What is still missing here is",
+)
+_LAST_LEAD = "All in all, this user will enjoy"
+_THOUGHT_ENDS = (protocol.BEGIN_PREFERENCE, protocol.BEGIN_ITEMS, protocol.BEGIN_ANSWER)
 _PREFERENCE_TOKENS = 64
 _VOCABULARY = 48
-_FREE_PHRASES = r"(; [a-z][a-z'-]{1,14}( [a-z'-]{2,14}){0,3}){0,2}"
+_FREE_PHRASES = r"(; [a-z][a-z'-]{1,14}( [a-z'-]{2,14}){0,3}){1,2}"
 _REGEX_SPECIAL = re.compile(r"([\\^$.|?*+()\[\]{}])")
 
 
@@ -81,7 +90,11 @@ class Resources:
         own = self._count_values(history)
         led = {preference.partition(";")[0].strip().casefold() for preference in used}
         ranked = dict.fromkeys([*_by_count(own), *_by_count(self._values)])
-        kept = [value for value in ranked if value.casefold() not in led and ";" not in value]
+        kept = [
+            value
+            for value in ranked
+            if value.casefold() not in led and ";" not in value and not value.isnumeric()
+        ]
         return kept[:_VOCABULARY]
 
 
@@ -234,26 +247,22 @@ async def _think_guided(resources: Resources, step: Step, state: State) -> StopR
     """
     reserve = step.answer_reserve()
     turns = state.get("turns", [])
-    if not turns:
-        step.write("forced", f"{protocol.BEGIN_THINK}\n")
+    may_stop = len(turns) >= step.limits.min_retrievals
+    may_search = len(turns) < step.limits.max_retrievals
+    lead = _LEADS[len(turns) % len(_LEADS)] if may_search else _LAST_LEAD
+    step.write("forced", lead if turns else f"{protocol.BEGIN_THINK}\n{lead}")
     thought = await step.generate(
         max_tokens=step.settings.thought_tokens,
-        stop=(
-            "\n\n",
-            protocol.BEGIN_PREFERENCE,
-            protocol.END_THINK,
-            protocol.BEGIN_ITEMS,
-            protocol.BEGIN_ANSWER,
-        ),
+        stop=("\n", *_THOUGHT_ENDS, *([protocol.END_THINK] if may_stop else [])),
         reserve=reserve,
     )
     if thought.stop_string == protocol.END_THINK:
         return "answered"
-    if len(turns) >= step.limits.max_retrievals:
+    if not may_search:
         return "max_retrievals"
     if thought.stop_string != protocol.BEGIN_PREFERENCE:
         step.write("forced", "\n")
-        if len(turns) < step.limits.min_retrievals:
+        if not may_stop:
             step.write("forced", protocol.BEGIN_PREFERENCE)
         else:
             options = (protocol.BEGIN_PREFERENCE, protocol.END_THINK)
@@ -276,7 +285,7 @@ async def _think_guided(resources: Resources, step: Step, state: State) -> StopR
 
 
 def preference_regex(vocabulary: Sequence[str]) -> str:
-    """Grammar of a guided preference: one of the catalog's words, then up to two free phrases.
+    """Grammar of a guided preference: one of the catalog's words, then one or two free phrases.
 
     With an empty vocabulary the first phrase is free as well.
     """

@@ -143,8 +143,25 @@ def preference_key(preference: str) -> frozenset[str]:
     return frozenset(phrase.strip().casefold() for phrase in preference.split(";"))
 
 
+_ANY_MARKER = re.compile(
+    "|".join(
+        re.escape(marker)
+        for marker in (
+            END_THINK,
+            BEGIN_PREFERENCE,
+            END_PREFERENCE,
+            BEGIN_ITEMS,
+            END_ITEMS,
+            BEGIN_ANSWER,
+            END_ANSWER,
+        )
+    )
+)
+
+
 def _clean_thought(text: str) -> str:
-    return text.replace(BEGIN_THINK, "").partition(END_THINK)[0].strip()
+    """Return what was said before any other marker."""
+    return _ANY_MARKER.split(text.replace(BEGIN_THINK, ""), maxsplit=1)[0].strip()
 
 
 _LINE = re.compile(r"\s*(\d{1,9})\.\s+(\S.*?)\s*")

@@ -193,19 +193,18 @@ class ChromaStore:
     def read(self) -> Rows:
         """All rows. Raises CatalogError if rows are missing, unreadable or not found again."""
         with explained(self.settings):
-            count = self._vectors.count()
+            count = self._call(self._vectors.count)
             found = [row for page in self._pages(count) for row in page]
             texts = self._read_texts()
         if len(found) != count or not count:
             raise self._damaged(f"it counts {count} items and holds {len(found)}")
         found.sort(key=lambda row: row[0])
-        try:
-            text = np.stack([texts[key] for _, key, _, _ in found])
-        except KeyError as error:
-            raise self._damaged(f"the text embedding {error} is missing") from error
+        for _, key, item, _ in found:
+            if key not in texts or _text_key(item.id, texts[key]) != key:
+                raise self._damaged(f"the text embedding of item {item.id!r} is missing or changed")
         rows = Rows(
             items=[item for _, _, item, _ in found],
-            text_embeddings=text,
+            text_embeddings=np.stack([texts[key] for _, key, _, _ in found]),
             vectors=np.stack([vector for _, _, _, vector in found]),
             text_keys=[key for _, key, _, _ in found],
             order=[order for order, _, _, _ in found],
@@ -222,15 +221,17 @@ class ChromaStore:
             rows = []
             for id_, row, vector in zip(page["ids"], page["metadatas"] or (), vectors, strict=True):
                 try:
-                    item = _decode(str(row["item"]))
+                    item, intact = _decode(str(row["item"])), row["vector"] == _digest(vector)
                     rows.append((int(str(row["order"])), str(row["text"]), item, vector))
                 except (KeyError, ValueError, TypeError, DataError) as error:
                     raise self._damaged(f"the row of item {id_!r} can't be read") from error
+                if not intact or item.id != id_:
+                    raise self._damaged(f"the vector of item {id_!r} is not what was stored")
             yield rows
 
     def _read_texts(self) -> dict[str, NDArray[np.float32]]:
         texts: dict[str, NDArray[np.float32]] = {}
-        for offset in range(0, self._texts.count(), _PAGE):
+        for offset in range(0, self._call(self._texts.count), _PAGE):
             page = self._call(self._texts.get, limit=_PAGE, offset=offset, include=["embeddings"])
             vectors = np.asarray(page["embeddings"], dtype=np.float32)
             texts.update(zip(page["ids"], vectors, strict=True))
@@ -264,15 +265,18 @@ class ChromaStore:
             for item, row in zip(rows.items, rows.text_embeddings, strict=True)
         ]
         order = rows.order or list(range(len(rows)))
-        stale = {item.id: _metadata(item, 0, "") for item in old.items} if old else {}
+        stale = {item.id: _metadata(item, 0, "", "") for item in old.items} if old else {}
         with explained(self.settings):
             for at in self._batches(len(rows)):
                 self._call(self._texts.upsert, ids=keys[at], embeddings=rows.text_embeddings[at])
                 items = rows.items[at]
                 metadata = [
                     # Chroma merges: what is gone must be said to be gone.
-                    dict.fromkeys(stale.get(item.id, ())) | _metadata(item, position, key)
-                    for item, position, key in zip(items, order[at], keys[at], strict=True)
+                    dict.fromkeys(stale.get(item.id, ()))
+                    | _metadata(item, position, key, _digest(vector))
+                    for item, position, key, vector in zip(
+                        items, order[at], keys[at], rows.vectors[at], strict=True
+                    )
                 ]
                 self._call(
                     self._vectors.upsert,
@@ -337,11 +341,15 @@ def _replaceable(folder: Path) -> bool:
     return folder.is_dir() and ((folder / DATABASE).is_file() or not any(folder.iterdir()))
 
 
+def _digest(vector: NDArray[np.float32]) -> str:
+    return hashlib.sha256(vector.tobytes()).hexdigest()[:16]
+
+
 def _text_key(id_: str, embedding: NDArray[np.float32]) -> str:
-    return f"{id_}/{hashlib.sha256(embedding.tobytes()).hexdigest()[:16]}"
+    return f"{id_}/{_digest(embedding)}"
 
 
-def _metadata(item: Item, order: int, text_key: str) -> dict[str, str | int]:
+def _metadata(item: Item, order: int, text_key: str, digest: str) -> dict[str, str | int]:
     """What stands beside an item's vector. `item` is the item itself, pure ASCII; the rest is
     for people and tools that look into Chroma.
     """
@@ -358,6 +366,7 @@ def _metadata(item: Item, order: int, text_key: str) -> dict[str, str | int]:
         "item": json.dumps(coded),
         "order": order,
         "text": text_key,
+        "vector": digest,
     }
 
 

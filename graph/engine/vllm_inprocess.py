@@ -7,6 +7,7 @@ model, too little memory for the KV cache) is refused at once and in words.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import itertools
 import os
 from concurrent.futures import Future
@@ -56,6 +57,7 @@ class VLLMEngine(Engine):
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
         try:
             from vllm.engine.arg_utils import AsyncEngineArgs
             from vllm.platforms import current_platform
@@ -79,8 +81,12 @@ class VLLMEngine(Engine):
             max_num_seqs=max_num_seqs,
             gpu_memory_utilization=gpu_memory_utilization,
             enforce_eager=self._on_cpu,
+            # Chunked prefill rewinds the generator of a seeded request, which a CPU's can't.
+            enable_chunked_prefill=not self._on_cpu,
+            max_num_batched_tokens=max(max_model_len, 2048) if self._on_cpu else None,
             enable_prefix_caching=True,
             disable_log_stats=True,
+            use_tqdm_on_load=False,
             generation_config="vllm",  # sampling is the caller's, never the model folder's
         )
         try:
@@ -93,6 +99,7 @@ class VLLMEngine(Engine):
                 "much memory it takes."
             ) from error
         self._closed = False
+        atexit.register(self.close)  # else the interpreter tears the engine core down mid-step
 
     def submit(self, request: GenerationRequest) -> Future[Generation]:
         """See Engine.submit."""
@@ -124,6 +131,7 @@ class VLLMEngine(Engine):
         if self._closed:
             return
         self._closed = True
+        atexit.unregister(self.close)
         self._loop.submit(self._stop()).result()
         self._loop.close()
 

@@ -53,13 +53,13 @@ def retriever(
 class ScriptedEngine(Engine):
     """Says the next text of a script, cut at the first stop string, token by token.
 
-    A script's entry may also be an error to raise, or a future that never comes. Requests and
-    results are kept, so that a test can compare a transcript with them.
+    A script's entry may also be an error to raise, or None for a result that never comes.
+    Requests and results are kept, so that a test can compare a transcript with them.
     """
 
     name = "scripted"
 
-    def __init__(self, script: Sequence[str | Exception | Future[Any]], max_model_len: int) -> None:
+    def __init__(self, script: Sequence[str | Exception | None], max_model_len: int) -> None:
         self.tokenizer = load_tokenizer(load_settings().model_name)
         self.max_model_len = max_model_len
         self.script = list(script)
@@ -67,9 +67,9 @@ class ScriptedEngine(Engine):
 
     def submit(self, request: GenerationRequest) -> Future[Generation]:
         said = self.script.pop(0) if self.script else EngineError("the script is over")
-        if isinstance(said, Future):
-            return said
         future: Future[Generation] = Future()
+        if said is None:
+            return future
         if isinstance(said, Exception):
             future.set_exception(said)
             return future
@@ -110,7 +110,7 @@ def run_graph(retriever: Retriever) -> RunGraph:
     """Run the graph over a script. Keywords: settings of the run; `request`, `max_model_len`."""
 
     def run(
-        *script: str | Exception | Future[Any],
+        *script: str | Exception | None,
         request: dict[str, Any] | None = None,
         max_model_len: int = 8192,
         **settings: Any,

@@ -20,7 +20,7 @@ ALIEN, ALIENS = ListedItem("a", "Alien", ("genres: Horror",)), ListedItem("b", "
         (f"{BEGIN}  {END}", "", None),
         (f"x {BEGIN} ; ; {END}", "x", None),
         (f"x {BEGIN} never closed", "x", None),
-        (f"{BEGIN} one {BEGIN} two {END} tail", f"{BEGIN} one", "two"),
+        (f"x {BEGIN} one {BEGIN} two {END} tail", "x", "two"),
         (f"x {BEGIN} a ;b\n; A;  c  d {END}", "x", "a; b; c d"),
         ("the end</think>", "the end", None),
         ("", "", None),

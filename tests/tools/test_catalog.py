@@ -189,7 +189,6 @@ def test_updates_keep_memory_and_chroma_equal(catalog: Catalog, here: CatalogSet
     with Catalog.open(here) as again:
         assert same(catalog, again)
     with closing_client(here) as client:
-        assert {c.name: c.count() for c in client.list_collections()}.values() >= {SIZE}
         assert sum(c.count() for c in client.list_collections()) == 2 * SIZE  # no text is left over
         row = client.get_collection("deeprec", embedding_function=None).get(ids=["id3"])
         assert "attribute:genres" not in row["metadatas"][0]
@@ -282,12 +281,12 @@ def halve_indexes(folder: Path) -> None:
         os.truncate(path / "data_level0.bin", (path / "data_level0.bin").stat().st_size // 2)
 
 
-def scramble_index(folder: Path) -> None:
-    """Swap the vectors of the search index for noise; rows and counts stay right."""
+def scramble_indexes(folder: Path) -> None:
+    """Swap one vector in the middle of each file; everything can be read, and counts are right."""
     for path in indexes(folder):
         raw = bytearray((path / "data_level0.bin").read_bytes())
-        rng = np.random.default_rng(0)
-        raw[2000:-2000] = rng.bytes(len(raw) - 4000)
+        middle = len(raw) // 2
+        raw[middle : middle + 4 * DIM] = np.full(DIM, 0.5, dtype=np.float32).tobytes()
         (path / "data_level0.bin").write_bytes(raw)
 
 
@@ -323,6 +322,7 @@ def spoil_an_item(folder: Path) -> None:
 FAULTS = [
     drop_indexes,
     halve_indexes,
+    scramble_indexes,
     truncate_database,
     overwrite_database,
     empty_database,
@@ -497,7 +497,7 @@ def test_builds_never_overwrite_something_else(tmp_path: Path, catalog: Catalog)
 
 @pytest.mark.parametrize("twice", [made_items(3) + made_items(1), []])
 def test_items_given_twice_or_not_at_all_are_refused(tmp_path: Path, twice: list[Item]):
-    with pytest.raises(CatalogError, match="given twice|no items"):
+    with pytest.raises(CatalogError, match=r"given twice|no items"):
         Catalog.build(
             CatalogSettings(folder=tmp_path / "c"),
             twice,
@@ -550,7 +550,7 @@ def test_a_server_is_the_same_code(server: CatalogSettings, catalog: Catalog):
 
 
 def test_a_server_that_is_not_there_is_named():
-    with pytest.raises(CatalogError, match="127.0.0.1:9.*chroma run"):
+    with pytest.raises(CatalogError, match=r"127\.0\.0\.1:9.*chroma run"):
         Catalog.open(CatalogSettings(host="127.0.0.1", port=9, timeout_s=5))
 
 
@@ -559,5 +559,5 @@ def test_a_server_that_never_answers_is_left_in_time():
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         port = silent.getsockname()[1]
-        with pytest.raises(CatalogError, match="did not answer within 0.5 s"):
+        with pytest.raises(CatalogError, match=r"did not answer within 0\.5 s"):
             Catalog.open(CatalogSettings(host="127.0.0.1", port=port, timeout_s=0.5))

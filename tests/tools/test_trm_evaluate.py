@@ -54,20 +54,29 @@ def test_popularity_counts() -> None:
     assert popularity([], 2).tolist() == [0, 0]
 
 
-def test_blend_keeps_the_last_places_for_the_history() -> None:
-    wanted = torch.tensor([[9.0, 8, 7, 6, 5, 4, 3, 2, 1, 0]])
-    history = torch.tensor([[0.0, 1, 2, 3, 4, 5, 6, 7, 8, 9]])
-    assert blend(wanted, history, 5, share=0.4).tolist() == [[0, 1, 2, 9, 8]]
-    assert blend(wanted, wanted, 5, share=0.4).tolist() == [[0, 1, 2, 3, 4]]
-    assert blend(wanted, history, 3, share=0.0).tolist() == [[0, 1, 2]]
-    assert blend(wanted, history, 1).shape == (1, 1)
+def test_blend_mixes_probabilities_and_keeps_the_last_places() -> None:
+    # Far apart, so that softmax is near one-hot: 0 leads with the preference, 9 without.
+    wanted = torch.tensor([[90.0, 80, 70, 60, 50, 40, 30, 20, 10, 0]])
+    history = wanted.flip(1)
+    assert blend(wanted, history, 5, doubt=0.0, share=0.4).tolist() == [[0, 1, 2, 9, 8]]
+    assert blend(wanted, history, 2, doubt=0.3, share=0.0).tolist() == [[0, 9]]
+    assert blend(wanted, history, 2, doubt=0.7, share=0.0).tolist() == [[9, 0]]
+    assert blend(wanted, wanted, 5).tolist() == [[0, 1, 2, 3, 4]]
     assert sorted(blend(wanted, history, 99)[0].tolist()) == list(range(10))
 
 
-def test_blend_never_lists_what_is_excluded_before_the_rest() -> None:
-    wanted = torch.tensor([[9.0, -math.inf, 7, 6]])
-    history = torch.tensor([[0.0, -math.inf, 2, 3]])
-    assert 1 not in blend(wanted, history, 3)[0].tolist()
+def test_blend_by_hand() -> None:
+    wanted = torch.log(torch.tensor([[0.6, 0.3, 0.1]]))
+    history = torch.log(torch.tensor([[0.1, 0.2, 0.7]]))
+    # doubt 0.5: .35, .25, .40
+    assert blend(wanted, history, 3, doubt=0.5, share=0.0).tolist() == [[2, 0, 1]]
+
+
+def test_blend_lists_what_is_excluded_last() -> None:
+    wanted = torch.tensor([[900.0, -math.inf, 7, 6]])
+    history = torch.tensor([[900.0, -math.inf, 2, 3]])
+    for share in (0.0, 0.4):
+        assert 1 not in blend(wanted, history, 3, share=share)[0].tolist()
 
 
 def test_cases_are_the_users_with_a_target(tiny_data: InteractionData) -> None:

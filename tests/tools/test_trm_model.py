@@ -46,7 +46,8 @@ def test_vectors_have_the_promised_shapes(model: TRM, text: torch.Tensor) -> Non
     assert users(model, text, [[1, 2, 3], [4]]).shape == (2, model.dim)
     if isinstance(model.config, PaperConfig):
         assert torch.allclose(items.norm(dim=1), torch.ones(10), atol=1e-5)
-        assert torch.allclose(users(model, text, [[1]]).norm(dim=1), torch.ones(1), atol=1e-5)
+        length = users(model, text, [[1]]).norm(dim=1) * model.config.temperature
+        assert torch.allclose(length, torch.ones(1), atol=1e-5)
 
 
 def test_padding_and_neighbours_in_the_batch_change_nothing(

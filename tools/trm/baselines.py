@@ -43,9 +43,17 @@ class Markov:
         totals = np.asarray(counts.sum(axis=1)).ravel()
         scale = np.repeat(1 / np.maximum(totals, 1e-12), np.diff(counts.indptr))
         self.table = csr_array((counts.data * scale, counts.indices, counts.indptr), counts.shape)
-        popular = popularity(sequences, n_items)
+        self._popularity = popular = popularity(sequences, n_items)
         # Breaks ties among items that never followed.
         self._rest = 1e-9 * popular / max(popular.max(initial=0), 1)
+
+    def lift(self) -> csr_array:
+        """log(P(v | item) / P(v)) of the counted pairs where it is positive, `[items, items]`:
+        how much likelier than by popularity one item follows the other."""
+        share = np.maximum(self._popularity / max(self._popularity.sum(), 1), 1e-12)
+        table = self.table
+        values = np.log(np.maximum(table.data / share[table.indices], 1.0))
+        return csr_array((values, table.indices, table.indptr), table.shape)
 
     def scores(self, histories: Sequence[np.ndarray], length: int = 20) -> np.ndarray:
         """float32 `[B, n_items]` from the last `length` items of each history."""

@@ -1,29 +1,37 @@
 """The default list: how what the preference asks for and what the history alone says share it.
 
-A preference may be wrong. A list that followed it blindly would lose what the history knows, so
-the last places of a list are kept for the history's own best items.
+A preference may be wrong, and a list that followed it blindly would lose what the history knows.
+Scores are logits, so the honest blend is a mixture of the two distributions.
 """
 
 import torch
 from torch import Tensor
 
-SHARE_WITHOUT = 0.4  # of a list, kept for the list that ignores the preference
+DOUBT = 0.3  # chance that a preference has nothing to do with what comes next
+SHARE_WITHOUT = 0.2  # of the list's places, its last, kept for the history's own best
 
 
 def blend(
-    scores_with: Tensor, scores_without: Tensor, k: int, *, share: float = SHARE_WITHOUT
+    scores_with: Tensor,
+    scores_without: Tensor,
+    k: int,
+    *,
+    doubt: float = DOUBT,
+    share: float = SHARE_WITHOUT,
 ) -> Tensor:
     """Indices `[B, k]` of the list to show, best first.
 
-    `scores_with` and `scores_without` `[B, n]` are scores of the same n candidates with and
-    without the preference, -inf for what must not appear. The first `k - round(share * k)` places
-    go to the best by `scores_with`, the rest to the best remaining by `scores_without`.
+    `scores_with` and `scores_without` `[B, n]` are scores of the same n candidates (best: the
+    whole catalog) with and without the preference, -inf for what must not appear. The first
+    places go to the best by `(1 - doubt) softmax(with) + doubt softmax(without)`, the last
+    `round(share * k)` to the best of the rest by `scores_without`.
     """
-    n = scores_with.shape[1]
-    k = min(k, n)
-    tail = min(round(share * k), k)
-    head = k - tail
-    first = scores_with.topk(head, dim=1).indices
+    k = min(k, scores_with.shape[1])
+    tail = round(share * k)
+    mixed = (1 - doubt) * scores_with.softmax(1) + doubt * scores_without.softmax(1)
+    # Underflow must not tie what is excluded with what is merely unlikely.
+    mixed = mixed.masked_fill(scores_without == float("-inf"), -1.0)
+    first = mixed.topk(k - tail, dim=1).indices
     if not tail:
         return first
     left = scores_without.scatter(1, first, float("-inf"))

@@ -6,7 +6,7 @@ is METHOD.md section 3 to the letter, `deeprec` is what our experiments chose.
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from ...errors import TRMError
 
@@ -34,6 +34,7 @@ class PaperConfig(_Shared):
     experts: int = Field(8, ge=1)  # linear experts of the text adaptor
     expert_dropout: float = Field(0.2, ge=0, lt=1)
     dropout: float = Field(0.5, ge=0, lt=1)
+    temperature: float = Field(0.07, gt=0)  # cosines are divided by it, so that scores are logits
 
 
 class DeepRecConfig(_Shared):
@@ -44,8 +45,10 @@ class DeepRecConfig(_Shared):
     transition_dim: int = Field(64, ge=2)  # item-to-item block
     preference_dim: int = Field(64, ge=2)  # preference block
     inner: int = Field(128, ge=1)  # feed-forward width
+    # Weight that counted transitions start with; 0 = the block starts at random.
+    transition_start: float = Field(0.4, ge=0)
     dropout: float = Field(0.3, ge=0, lt=1)
-    item_dropout: float = Field(0.1, ge=0, lt=1)  # how often an item is met by its text alone
+    item_dropout: float = Field(0.3, ge=0, lt=1)  # how often an item is met by its text alone
 
 
 TRMConfig = Annotated[PaperConfig | DeepRecConfig, Field(discriminator="name")]
@@ -61,22 +64,23 @@ class PreferenceMix(_Strict):
     unrelated: float = Field(0.1, ge=0, le=1)  # describes another item
     title: float = Field(0.1, ge=0, le=1)  # a title: the target's or a similar item's
 
+    @model_validator(mode="after")
+    def _sum(self) -> "PreferenceMix":
+        if self.history + self.unrelated + self.title > 1:
+            raise ValueError("history, unrelated and title sum to more than 1")
+        return self
+
 
 class FitConfig(_Strict):
     """How a TRM is fitted."""
 
-    epochs: int = Field(30, ge=1)  # at most; early stopping may end sooner
+    epochs: int = Field(10, ge=1)  # at most; early stopping may end sooner
     patience: int = Field(4, ge=1)  # epochs without a better validation score
     batch_size: int = Field(1024, ge=1)  # targets in a step
-    # Targets learned in a window; the items before them are context only. None = the whole window.
-    stride: int | None = Field(None, ge=1)
     learning_rate: float = Field(2e-3, gt=0)
     weight_decay: float = Field(0.01, ge=0)
     warmup: float = Field(0.1, ge=0, le=0.9)  # share of all steps
-    ema: float = Field(0.99, ge=0, lt=1)  # decay of the averaged weights that are kept; 0 = off
-    svd: float = Field(0.0, ge=0)  # scale at which transitions start from counted ones; 0 = off
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
-    temperature: float = Field(0.07, gt=0)  # of cosine scores; `deeprec` scales its own
+    ema: float = Field(0.99, ge=0, lt=1)  # decay of the average of weights, which is what is kept
     preferences: bool = True  # False fits the twin that never sees one
     mix: PreferenceMix = PreferenceMix()
     noise: float = Field(0.01, ge=0)  # added to each number of a preference embedding

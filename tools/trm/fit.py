@@ -6,31 +6,34 @@ Each target is learned twice in a step, from the history alone and from history 
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from scipy.sparse import csr_array
-from scipy.sparse.linalg import svds
-from torch import Tensor
-from torch.nn import functional as F
+from torch import Tensor, nn
 
 from ...errors import TRMError
 from ..interactions import InteractionData, Split
 from ..text_encoder import TextEncoder
 from .baselines import Markov
+from .batches import Batch, Windows
+from .candidates import Candidates, cross_entropy
 from .config import DeepRecConfig, FitConfig, PaperConfig
-from .fusion import DeepRecNet
 from .model import TRM
 from .preferences import PreferencePool
 from .scoring import catalog_vectors, exclude, history_vectors, ndcg, target_ranks
 
+_SCORES = 20_000_000  # scores held at once while validating
+
 
 @dataclass(frozen=True, slots=True)
 class FitProgress:
-    """`stage` is "preferences" (texts being embedded) or "fit"; `step` of `total` in that stage.
-    `valid_ndcg` is NDCG@10 on the validation targets: absent, with preference; None before the
-    first epoch's end. `examples` counts targets learned so far.
+    """`step` of `total` in a `stage`: "preferences" (texts being embedded) or "fit".
+
+    `total` is an upper bound: early stopping may end sooner. `valid_ndcg` is NDCG@10 on the
+    validation targets without and with a preference; None before the first epoch's end.
+    `examples` counts the targets learned so far.
     """
 
     stage: str
@@ -68,7 +71,9 @@ def fit(
             f"and an encoder of width {encoder.dim}. Make them with item_embeddings()."
         )
     report = progress or (lambda _: None)
-    if training.preferences and pool is None:
+    if not training.preferences:
+        pool = None
+    elif pool is None:
         pool = PreferencePool(
             data.items,
             item_text_embeddings,
@@ -87,15 +92,8 @@ def fit(
     )
     torch.manual_seed(seed)
     model = TRM(config, tuple(item.id for item in data.items)).to(device)
-    trainer = _Trainer(model, split, item_text_embeddings, training, pool, seed, device)
-    return trainer.run(report)
-
-
-@dataclass(slots=True)
-class _Batch:
-    history: np.ndarray  # [B, L] right-padded with -1
-    lengths: np.ndarray  # [B]
-    targets: np.ndarray  # [B, L], -1 = nothing to learn at this position
+    model.net.start_from_transitions(Markov(split.train, len(data.items)).lift())
+    return _Trainer(model, split, item_text_embeddings, training, pool, seed, device).run(report)
 
 
 class _Trainer:
@@ -110,224 +108,185 @@ class _Trainer:
         device: str,
     ):
         self.model, self.training, self.device = model, training, device
-        self.pool = pool if training.preferences and pool is not None and pool.texts else None
-        self.split = split
-        self.rng = np.random.default_rng(seed)
+        self.pool = pool if pool is not None and pool.texts else None
+        self.split, self.text_array = split, text
         self.text = torch.as_tensor(text, device=device)
-        self.text_array = text
-        sequences = [np.asarray(s, dtype=np.int64) for s in split.train if len(s) > 1]
-        if not sequences:
-            raise TRMError(
-                "no user has two or more training interactions, so there is no transition to "
-                "learn. Use more data or a lower k-core."
-            )
-        self.flat = np.concatenate(sequences)
-        self.ends = np.cumsum([len(s) for s in sequences])
-        self.begins = self.ends - [len(s) for s in sequences]
-        counts = np.bincount(self.flat, minlength=len(text)).astype(np.float64)
-        self.popularity = torch.as_tensor(counts / counts.sum(), device=device)
-        self.sampled = len(text) > training.full_softmax_items
-        self.scale = 1 / training.temperature if isinstance(model.config, PaperConfig) else 1.0
-        self.vectors = torch.as_tensor(self.pool.vectors, device=device) if self.pool else None
-        valid = np.flatnonzero(split.valid >= 0)
-        valid = np.array([u for u in valid if len(split.valid_history(int(u)))], dtype=np.int64)
-        if len(valid) > training.valid_users:
-            valid = np.sort(np.random.default_rng(0).permutation(valid)[: training.valid_users])
-        self.valid_users = valid
+        self.rng = np.random.default_rng(seed)
+        self.windows = Windows(split.train, model.config.history_length, training.batch_size)
+        sampled = len(text) > training.full_softmax_items
+        self.candidates = Candidates(
+            torch.as_tensor(self.windows.counts(len(text)), device=device),
+            training.negatives if sampled else 0,
+        )
+        if self.pool is not None:
+            self.wishes = torch.as_tensor(self.pool.vectors, device=device)
+        users = np.array(
+            [u for u in np.flatnonzero(split.valid >= 0) if len(split.valid_history(int(u)))],
+            dtype=np.int64,
+        )
+        if len(users) > training.valid_users:
+            users = np.sort(np.random.default_rng(0).permutation(users)[: training.valid_users])
+        self.valid_users = users
+        self.weights = _Weights(model, training, sparse=sampled)
 
-    def batches(self) -> Iterator[_Batch]:
-        length = self.model.config.history_length
+    def run(self, report: Callable[[FitProgress], None]) -> TRM:
+        training, weights = self.training, self.weights
         causal = self.model.net.causal
-        if causal:
-            # Windows that learn each target once, cut at new places in each epoch.
-            stride = min(self.training.stride or length, length)
-            starts, learns, stops = [], [], []
-            for begin, end in zip(self.begins, self.ends, strict=True):
-                first = begin - self.rng.integers(stride) if end - begin > stride + 1 else begin
-                for at in range(first, end - 1, stride):
-                    stop_at = min(at + stride, end - 1)
-                    starts.append(max(begin, stop_at - length))
-                    learns.append(max(at, begin))
-                    stops.append(stop_at)
-            start, learn_from, stop = np.array(starts), np.array(learns), np.array(stops)
-            keep = stop > learn_from
-            start, learn_from, stop = start[keep], learn_from[keep], stop[keep]
-            rows = max(1, self.training.batch_size // stride)
-        else:
-            # Every prefix, its last `length` items.
-            stop = np.concatenate(
-                [np.arange(b + 1, e) for b, e in zip(self.begins, self.ends, strict=True)]
-            )
-            begin = np.repeat(self.begins, self.ends - self.begins - 1)
-            start, learn_from = np.maximum(begin, stop - length), stop - 1
-            rows = self.training.batch_size
-        order = self.rng.permutation(len(start))
-        offsets = np.arange(length)
-        for at in range(0, len(order), rows):
-            chosen = order[at : at + rows]
-            s, lengths = start[chosen], stop[chosen] - start[chosen]
-            inside = offsets < lengths[:, None]
-            place = np.minimum(s[:, None] + offsets, len(self.flat) - 2)
-            history = np.where(inside, self.flat[place], -1)
-            learn = inside & (s[:, None] + offsets >= learn_from[chosen][:, None])
-            yield _Batch(history, lengths, np.where(learn, self.flat[place + 1], -1))
+        total = training.epochs * sum(1 for _ in self.windows.epoch(self.rng, causal=causal))
+        step, examples, stale, best = 0, 0, 0, -1.0
+        valid: tuple[float, float] | None = None
+        for epoch in range(1, training.epochs + 1):
+            self.model.train()
+            for batch in self.windows.epoch(self.rng, causal=causal):
+                loss, count = self.loss(batch)
+                weights.step(loss, step, total)
+                step, examples = step + 1, examples + count
+                report(FitProgress("fit", step, total, epoch, loss.item(), valid, examples))
+            with weights.averaged():
+                valid = self.validate()
+                # The geometric mean weighs a relative gain in either alike.
+                score = math.sqrt(valid[0] * valid[1]) if self.pool is not None else valid[0]
+                report(FitProgress("fit", step, total, epoch, loss.item(), valid, examples))
+                if score > best or not len(self.valid_users):
+                    best, stale = score, 0
+                    weights.keep()
+                else:
+                    stale += 1
+            if stale >= training.patience:
+                break
+        weights.restore()
+        return self.model.to("cpu").eval()
 
-    def preference_rows(self, batch: _Batch, where: np.ndarray, targets: np.ndarray) -> np.ndarray:
-        """A pool row for each learned position; -1 = none fits."""
-        assert self.pool is not None
-        mix, rng = self.training.mix, self.rng
-        kind = rng.random(len(targets))
-        rows = self.pool.for_targets(targets, rng)
-        history = self.pool.for_histories(batch.history, batch.lengths, rng)[where]
-        titles = self.pool.for_titles(targets, rng)
-        # Someone else's wish: what would describe another target of the batch.
-        other = self.pool.for_targets(targets[rng.permutation(len(targets))], rng)
-        edge = np.cumsum([mix.history, mix.unrelated, mix.title])
-        for low, high, drawn in zip((0.0, *edge[:2]), edge, (history, other, titles), strict=True):
-            rows = np.where((kind >= low) & (kind < high), drawn, rows)
-        return rows
-
-    def loss(self, batch: _Batch) -> tuple[Tensor, int]:
-        model, device = self.model, self.device
+    def loss(self, batch: Batch) -> tuple[Tensor, int]:
+        """The loss of a batch and how many targets it learned."""
+        net, device = self.model.net, self.device
         where = batch.targets >= 0
         targets = batch.targets[where]
         history = torch.as_tensor(batch.history, device=device)
         used, place = torch.unique(history.clamp_min(0), return_inverse=True)
-        features = model.net.text_features(self.text[used])[place]
+        features = net.text_features(self.text[used])[place]
         lengths = torch.as_tensor(batch.lengths, device=device)
-        states = model.net.states(history, features, lengths)[torch.as_tensor(where, device=device)]
+        states = net.states(history, features, lengths)[torch.as_tensor(where, device=device)]
         wanted = torch.as_tensor(targets, device=device)
-        candidates, label, correction = self.candidates(wanted)
-        items = model.item_vectors(candidates, self.text[candidates])
-        loss = self.entropy(model.net.fuse(states, None, None), items, label, correction)
-        if self.pool is not None and self.vectors is not None:
-            rows = torch.as_tensor(self.preference_rows(batch, where, targets), device=device)
+        shown, label, chance = self.candidates.draw(wanted)
+        items = net.item_vectors(shown, self.text[shown])
+        loss = cross_entropy(net.fuse(states, None, None) @ items.T, label, chance)
+        if self.pool is not None:
+            rows = torch.as_tensor(self.wish_rows(batch, where, targets), device=device)
             has = rows >= 0
             if bool(has.any()):
-                told, known = model.net.apart(states[has], items)
-                asked = self.vectors[rows[has]]
-                asked = asked + self.training.noise * torch.randn_like(asked)
-                users = model.net.fuse(told, asked, None)
-                loss = loss + self.entropy(users, known, label[has], correction)
+                told, known = net.apart(states[has], items)
+                wish = self.wishes[rows[has]]
+                wish = wish + self.training.noise * torch.randn_like(wish)
+                users = net.fuse(told, wish, None)
+                loss = loss + cross_entropy(users @ known.T, label[has], chance)
         return loss, len(targets)
 
-    def entropy(self, users: Tensor, items: Tensor, label: Tensor, correction: Tensor) -> Tensor:
-        logits = self.scale * (users @ items.T)
-        if self.sampled:
-            # Horvitz-Thompson estimate of the partition sum; the target itself is always in it.
-            own = F.one_hot(label, len(items)).bool()
-            logits = logits - correction.masked_fill(own, 0.0)
-        return F.cross_entropy(logits, label, label_smoothing=self.training.label_smoothing)
-
-    def candidates(self, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Items to score, the targets' places among them, and each one's log inclusion
-        probability: all items, or the batch's targets plus uniform negatives.
-        """
-        if not self.sampled:
-            n = len(self.text)
-            zeros = torch.zeros(n, device=self.device)
-            return torch.arange(n, device=self.device), targets, zeros
-        drawn = torch.randint(
-            len(self.text), (self.training.negatives,), device=self.device
+    def wish_rows(self, batch: Batch, where: np.ndarray, targets: np.ndarray) -> np.ndarray:
+        """A row of the pool for each learned position; -1 = no text fits."""
+        assert self.pool is not None
+        mix, rng = self.training.mix, self.rng
+        rows = self.pool.for_targets(targets, rng)
+        drawn = (
+            (mix.history, self.pool.for_histories(batch.history, batch.lengths, rng)[where]),
+            # Someone else's wish: what would describe another target of the batch.
+            (mix.unrelated, self.pool.for_targets(rng.permutation(targets), rng)),
+            (mix.title, self.pool.for_titles(targets, rng)),
         )
-        pool = torch.unique(torch.cat([targets, drawn]))
-        label = torch.searchsorted(pool, targets)
-        missed = torch.log1p(-self.popularity[pool].clamp(max=1 - 1e-9)) * len(targets)
-        missed = missed + math.log1p(-1 / len(self.text)) * self.training.negatives
-        return pool, label, torch.log(-torch.expm1(missed)).float()
+        chance, low = rng.random(len(targets)), 0.0
+        for share, other in drawn:
+            rows = np.where((chance >= low) & (chance < low + share), other, rows)
+            low += share
+        return rows
 
     @torch.no_grad()
     def validate(self) -> tuple[float, float]:
-        """NDCG@10 on validation targets: absent, and with a preference made from the target."""
+        """NDCG@10 on validation targets: without, and with a preference made from the target."""
         users = self.valid_users
+        if not len(users):
+            return 0.0, 0.0
         targets = self.split.valid[users].astype(np.int64)
-        histories = [np.asarray(self.split.valid_history(int(u))) for u in users]
+        histories = [np.asarray(self.split.valid_history(int(user))) for user in users]
         items = catalog_vectors(self.model, self.text_array)
-        rows = np.full(len(users), -1)
-        if self.pool is not None:
-            rows = self.pool.for_targets(targets, np.random.default_rng(0))
+        size = max(1, min(256, _SCORES // len(items)))
         results = []
-        for with_preference in (False, True):
+        for wishes in (None, self.pool):
+            rows = wishes.for_targets(targets, np.random.default_rng(0)) if wishes else None
             ranks = []
-            for at in range(0, len(users), 256):
-                part = slice(at, at + 256)
-                given = None
-                if with_preference:
-                    if self.pool is None or not bool((rows >= 0).any()):
-                        break
-                    given = self.pool.vectors[np.maximum(rows[part], 0)]
-                vectors = history_vectors(
-                    self.model, histories[part], self.text_array, given,
-                    None if given is None else rows[part] >= 0,
+            for at in (slice(n, n + size) for n in range(0, len(users), size)):
+                users_at = history_vectors(
+                    self.model,
+                    histories[at],
+                    self.text_array,
+                    None if rows is None or wishes is None else wishes.vectors[rows[at]],
+                    None if rows is None else rows[at] >= 0,
                 )
-                scores = exclude(vectors @ items.T, histories[part], targets[part])
-                ranks.append(target_ranks(scores, targets[part]))
-            results.append(ndcg(np.concatenate(ranks), 10) if ranks else 0.0)
+                scores = exclude(users_at @ items.T, histories[at], targets[at])
+                ranks.append(target_ranks(scores, targets[at]))
+            results.append(ndcg(np.concatenate(ranks), 10))
         return results[0], results[1]
 
-    def _start_from_counts(self, net: DeepRecNet, scale: float) -> None:
-        table = Markov(self.split.train, len(self.text)).table
-        popular = np.maximum(self.popularity.cpu().numpy(), 1e-9)
-        lifted = np.log(np.maximum(table.data / popular[table.indices], 1.0))
-        lifted = csr_array((lifted, table.indices, table.indptr), table.shape)
-        _, t, _ = net.blocks
-        left, strength, right = svds(lifted, k=t, random_state=0)
-        root = np.sqrt(strength)
-        d = net.blocks[0]
-        with torch.no_grad():
-            net.source.weight.copy_(torch.as_tensor((left * root).copy()))
-            net.target.weight[:, d : d + t].copy_(torch.as_tensor((right.T * root).copy()))
-            net.lag.add_(math.log(scale))
 
-    def run(self, report: Callable[[FitProgress], None]) -> TRM:
+class _Weights:
+    """The model's weights while they are learned: optimizer, schedule, running average.
+
+    In a sampled step few rows of the item tables have a gradient: with `sparse` only those are
+    touched, by a sparse optimizer, and the tables are left out of the average."""
+
+    def __init__(self, model: TRM, training: FitConfig, *, sparse: bool):
+        self.model, self.training = model, training
+        tables: list[nn.Parameter] = []
+        if sparse:
+            for table in model.net.tables:
+                table.sparse = True
+                tables.append(table.weight)
+        named = {id(table) for table in tables}
+        self.dense = [p for p in model.parameters() if id(p) not in named]
+        self.optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(
+                self.dense, lr=training.learning_rate, weight_decay=training.weight_decay
+            )
+        ]
+        if tables:
+            self.optimizers.append(torch.optim.SparseAdam(tables, lr=training.learning_rate))
+        self.average = [p.detach().clone() for p in self.dense]
+        self.best: dict[str, Tensor] = {}
+
+    def step(self, loss: Tensor, step: int, total: int) -> None:
+        """One step of warm-up then cosine decay, gradients clipped."""
         training = self.training
-        if training.svd and isinstance(self.model.net, DeepRecNet):
-            self._start_from_counts(self.model.net, training.svd)
-        steps = sum(1 for _ in self.batches())
-        total = steps * training.epochs
-        optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=training.learning_rate, weight_decay=training.weight_decay
-        )
-        warm = max(1, int(training.warmup * total))
+        warm = max(1, round(training.warmup * total))
+        rate = (step + 1) / warm
+        if step >= warm:
+            rate = 0.5 + 0.5 * math.cos(math.pi * (step - warm) / max(1, total - warm))
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+            for group in optimizer.param_groups:
+                group["lr"] = training.learning_rate * max(rate, 1e-3)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.dense, 5.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        # A short memory at first: the average must forget the start.
+        decay = min(training.ema, step / (step + 10))
+        with torch.no_grad():
+            torch._foreach_lerp_(self.average, [p.detach() for p in self.dense], 1 - decay)
 
-        def rate(step: int) -> float:
-            if step < warm:
-                return (step + 1) / warm
-            return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm))) + 1e-3
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The model has the averaged weights inside."""
+        raw = [p.detach().clone() for p in self.dense]
+        self._load(self.average)
+        yield
+        self._load(raw)
 
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-        best, best_weights, stale = -1.0, None, 0
-        average = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
-        step, examples, valid = 0, 0, None
-        for epoch in range(1, training.epochs + 1):
-            self.model.train()
-            for batch in self.batches():
-                loss, count = self.loss(batch)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                torch.nn.utils.clip_grad_norm_(self.model.parameters(), 5.0)
-                optimizer.step()
-                schedule.step()
-                # The average forgets its start quickly: the decay grows with the steps made.
-                decay = min(training.ema, step / (step + 10))
-                for name, value in self.model.state_dict().items():
-                    average[name].lerp_(value, 1 - decay)
-                step, examples = step + 1, examples + count
-                report(FitProgress("fit", step, total, epoch, loss.item(), valid, examples))
-            raw = {k: v.detach().clone() for k, v in self.model.state_dict().items()}
-            self.model.load_state_dict(average)
-            valid = self.validate() if len(self.valid_users) else (0.0, 0.0)
-            # The geometric mean weighs a relative gain in either alike.
-            score = math.sqrt(valid[0] * valid[1]) if self.pool is not None else valid[0]
-            report(FitProgress("fit", step, total, epoch, loss.item(), valid, examples))
-            if score > best or not len(self.valid_users):
-                best, stale = score, 0
-                best_weights = {k: v.clone() for k, v in average.items()}
-            else:
-                stale += 1
-                if stale >= training.patience:
-                    break
-            self.model.load_state_dict(raw)
-        assert best_weights is not None
-        self.model.load_state_dict(best_weights)
-        return self.model.to("cpu").eval()
+    def keep(self) -> None:
+        self.best = {name: value.clone() for name, value in self.model.state_dict().items()}
+
+    def restore(self) -> None:
+        self.model.load_state_dict(self.best)
+
+    @torch.no_grad()
+    def _load(self, values: list[Tensor]) -> None:
+        for parameter, value in zip(self.dense, values, strict=True):
+            parameter.copy_(value)

@@ -5,7 +5,12 @@ usually follows the last items, and what the preference asks for. Without a pref
 zero, so that learning to follow one can't disturb the rest.
 """
 
+import math
+
+import numpy as np
 import torch
+from scipy.sparse import csr_array
+from scipy.sparse.linalg import svds
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -74,12 +79,27 @@ class DeepRecNet(nn.Module):
         self.target = nn.Embedding(n_items, self.dim)
         for table in (self.item_embedding, self.source, self.target):
             nn.init.normal_(table.weight, std=0.05)
+        self.tables = (self.item_embedding, self.source, self.target)
         # Preference side.
         self.query = _mlp(config.text_dim, 4 * p, p, 0.1)
         self.profile = nn.Linear(config.text_dim, p)
         self.gate = _mlp(4 * p + d, p, p + 3, 0.1)
         nn.init.zeros_(self.gate[-1].weight)
         nn.init.zeros_(self.gate[-1].bias)
+
+    def start_from_transitions(self, lift: csr_array) -> None:
+        """Let the transition block begin as a truncated SVD of counted transitions `[items,
+        items]`: on small data, counting beats learning from nothing."""
+        d, t, _ = self.blocks
+        rank = min(t, min(lift.shape) - 1)
+        if not self.config.transition_start or rank < 1 or not lift.nnz:
+            return
+        left, strength, right = svds(lift, k=rank, rng=0)
+        root = np.sqrt(strength)
+        with torch.no_grad():
+            self.source.weight[:, :rank] = torch.as_tensor(left * root)
+            self.target.weight[:, d : d + rank] = torch.as_tensor(right.T * root)
+            self.lag.add_(math.log(self.config.transition_start))
 
     def text_features(self, text: Tensor) -> Tensor:
         """What the history side reads of an item's text: `[…, dim + preference_dim]`."""

@@ -5,6 +5,7 @@ read by a bidirectional transformer; the preference is added to the last state.
 """
 
 import torch
+from scipy.sparse import csr_array
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -55,7 +56,7 @@ class ContextualConvolution(nn.Module):
 
 
 class PaperNet(nn.Module):
-    """Vectors are unit vectors: their inner product is the paper's cosine."""
+    """The inner product of a user and an item vector is the paper's cosine over a temperature."""
 
     causal = False  # only the last position's state may be trained on: the others see it
 
@@ -66,6 +67,7 @@ class PaperNet(nn.Module):
         self.dim = dim
         self.item_embedding = nn.Embedding(n_items, dim)
         nn.init.normal_(self.item_embedding.weight, std=0.02)
+        self.tables = (self.item_embedding,)
         self.adaptor = ExpertAdaptor(config.text_dim, dim, config.experts, config.expert_dropout)
         self.fusion = ContextualConvolution(config.history_length, dim)
         self.position = nn.Embedding(config.history_length, dim)
@@ -77,6 +79,9 @@ class PaperNet(nn.Module):
         )
         self.encoder = nn.TransformerEncoder(layer, config.layers, enable_nested_tensor=False)
         self.user_norm = nn.LayerNorm(dim)
+
+    def start_from_transitions(self, lift: csr_array) -> None:
+        """The paper's model starts at random."""
 
     def text_features(self, text: Tensor) -> Tensor:
         return self.adaptor(text)
@@ -111,4 +116,4 @@ class PaperNet(nn.Module):
         if preference is not None:
             query = self.text_features(preference)
             state = state + (query if has is None else query * has[:, None])
-        return F.normalize(self.user_norm(state), dim=-1)
+        return F.normalize(self.user_norm(state), dim=-1) / self.config.temperature

@@ -1,0 +1,273 @@
+import numpy as np
+import pytest
+import torch
+from deeprec.errors import TRMError
+from deeprec.tools.interactions import InteractionData, Item, leave_one_out
+from deeprec.tools.text_encoder import TextEncoder
+from deeprec.tools.trm.batches import Windows
+from deeprec.tools.trm.candidates import Candidates, cross_entropy
+from deeprec.tools.trm.cold import cold_rows, known_rows, without_items
+from deeprec.tools.trm.config import DeepRecConfig, FitConfig, PaperConfig, PreferenceMix
+from deeprec.tools.trm.evaluate import Judge
+from deeprec.tools.trm.fit import FitProgress, fit
+from deeprec.tools.trm.model import TRM
+from pydantic import ValidationError
+
+DEEPREC = DeepRecConfig(
+    dim=16, transition_dim=16, preference_dim=16, inner=32, dropout=0.0, item_dropout=0.2
+)
+PAPER = PaperConfig(dim=32, inner=32, experts=2, dropout=0.1)
+QUICK = FitConfig(epochs=30, patience=30, batch_size=128, learning_rate=5e-3, pool=400)
+
+
+def text_of(data: InteractionData, encoder: TextEncoder) -> np.ndarray:
+    return encoder.encode_passages(
+        [f"{item.title} genres: {', '.join(item.attributes.get('genres', ()))}"
+         for item in data.items]
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=[DEEPREC, PAPER], ids=["deeprec", "paper"])
+def fitted(
+    request: pytest.FixtureRequest, tiny_data: InteractionData, tiny_encoder: TextEncoder
+) -> tuple[TRM, list[FitProgress]]:
+    seen: list[FitProgress] = []
+    model = fit(
+        tiny_data,
+        leave_one_out(tiny_data),
+        text_of(tiny_data, tiny_encoder),
+        tiny_encoder,
+        request.param,
+        QUICK,
+        progress=seen.append,
+    )
+    return model, seen
+
+
+@pytest.fixture(scope="module")
+def judge(tiny_data: InteractionData, tiny_encoder: TextEncoder) -> Judge:
+    return Judge(
+        tiny_data, leave_one_out(tiny_data), text_of(tiny_data, tiny_encoder), tiny_encoder
+    )
+
+
+def test_it_learns_the_walk_and_follows_a_preference(
+    fitted: tuple[TRM, list[FitProgress]], judge: Judge
+) -> None:
+    table = judge.rows(fitted[0])
+    assert table["absent"].ndcg10 > 0.5  # by chance .12
+    # The next film usually has the genre of the last one; a wrong genre must cost something.
+    assert table["all target values"].ndcg10 > table["unrelated"].ndcg10
+
+
+def test_progress_tells_stages_and_validation(
+    fitted: tuple[TRM, list[FitProgress]], tiny_data: InteractionData
+) -> None:
+    seen = fitted[1]
+    stages = [at.stage for at in seen]
+    assert stages == sorted(stages, key=["preferences", "fit"].index)
+    steps = [at for at in seen if at.stage == "fit"]
+    assert steps[0].step == 1
+    assert steps[0].valid_ndcg is None
+    assert steps[-1].valid_ndcg is not None
+    assert steps[-1].step == steps[-1].total
+    assert steps[-1].epoch == QUICK.epochs
+    transitions = len(tiny_data.users) - 3 * len(tiny_data.user_ids)
+    assert steps[-1].examples == transitions * QUICK.epochs
+    assert steps[-1].loss < steps[0].loss
+
+
+def test_the_checkpoint_is_tied_to_data_and_encoder(
+    fitted: tuple[TRM, list[FitProgress]], tiny_data: InteractionData, tiny_encoder: TextEncoder
+) -> None:
+    config = fitted[0].config
+    assert config.dataset_fingerprint == tiny_data.fingerprint
+    assert config.encoder_fingerprint == tiny_encoder.fingerprint
+    assert config.text_dim == tiny_encoder.dim
+    assert not fitted[0].training
+
+
+def test_a_preference_costs_deeprec_nothing_when_there_is_none(
+    tiny_data: InteractionData, tiny_encoder: TextEncoder
+) -> None:
+    split, text = leave_one_out(tiny_data), text_of(tiny_data, tiny_encoder)
+    settings = QUICK.model_copy(update={"epochs": 3})
+    with_, twin = (
+        fit(tiny_data, split, text, tiny_encoder, DEEPREC.model_copy(update={"item_dropout": 0.0}),
+            settings.model_copy(update={"preferences": given}))
+        for given in (True, False)
+    )  # fmt: skip
+    history = torch.tensor([[1, 2, 3]])
+    given = (history, torch.as_tensor(text)[history], torch.tensor([3]))
+    items = (torch.arange(40), torch.as_tensor(text))
+    with torch.no_grad():
+        one, other = (m.user_vectors(*given) @ m.item_vectors(*items).T for m in (with_, twin))
+    # The same up to dropout inside the text parts, whose draws differ.
+    assert torch.corrcoef(torch.cat([one, other]))[0, 1] > 0.95
+
+
+def test_early_stopping_keeps_the_best_epoch(
+    tiny_data: InteractionData, tiny_encoder: TextEncoder
+) -> None:
+    seen: list[FitProgress] = []
+    settings = FitConfig(epochs=40, patience=2, batch_size=128, learning_rate=5e-2, pool=200)
+    fit(
+        tiny_data,
+        leave_one_out(tiny_data),
+        text_of(tiny_data, tiny_encoder),
+        tiny_encoder,
+        DEEPREC,
+        settings,
+        progress=seen.append,
+    )
+    assert seen[-1].epoch < 40
+    scores = {at.epoch: at.valid_ndcg for at in seen if at.valid_ndcg is not None}
+    assert len(scores) >= 3
+
+
+def test_seeds_decide(tiny_data: InteractionData, tiny_encoder: TextEncoder) -> None:
+    split, text = leave_one_out(tiny_data), text_of(tiny_data, tiny_encoder)
+    settings = QUICK.model_copy(update={"epochs": 1})
+    one, same, other = (
+        fit(tiny_data, split, text, tiny_encoder, DEEPREC, settings, seed=seed).state_dict()
+        for seed in (1, 1, 2)
+    )
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not torch.equal(one["net.item_embedding.weight"], other["net.item_embedding.weight"])
+
+
+def test_sampled_softmax_learns_as_well(
+    tiny_data: InteractionData, tiny_encoder: TextEncoder, judge: Judge
+) -> None:
+    settings = QUICK.model_copy(update={"full_softmax_items": 10, "negatives": 8})
+    model = fit(
+        tiny_data,
+        leave_one_out(tiny_data),
+        text_of(tiny_data, tiny_encoder),
+        tiny_encoder,
+        DEEPREC,
+        settings,
+    )
+    assert judge.row(model, None).ndcg10 > 0.5
+
+
+@pytest.mark.parametrize("attributes", [False, True])
+def test_tiny_and_bare_data(attributes: bool, tiny_encoder: TextEncoder) -> None:
+    given = {"genres": ("Comedy",)} if attributes else {}
+    data = InteractionData(
+        name="bare",
+        items=tuple(Item(str(n), f"Film {n}", given) for n in range(3)),
+        user_ids=("a", "b"),
+        users=np.array([0, 0, 0, 0, 1]),
+        item_indices=np.array([0, 1, 2, 0, 1]),
+        times=np.arange(5),
+    )
+    model = fit(
+        data,
+        leave_one_out(data),
+        text_of(data, tiny_encoder),
+        tiny_encoder,
+        DEEPREC,
+        FitConfig(epochs=2, pool=100),
+    )
+    assert len(model.item_ids) == 3
+    table = Judge(data, leave_one_out(data), text_of(data, tiny_encoder), tiny_encoder).rows(model)
+    assert table["absent"].users == 1
+
+
+def test_nothing_to_learn_is_an_error(tiny_encoder: TextEncoder) -> None:
+    data = InteractionData(
+        name="single",
+        items=(Item("a", "Film 1"), Item("b", "Film 2")),
+        user_ids=("u", "v"),
+        users=np.array([0, 1]),
+        item_indices=np.array([0, 1]),
+        times=np.array([0, 1]),
+    )
+    text = text_of(data, tiny_encoder)
+    with pytest.raises(TRMError, match="two or more training interactions"):
+        fit(data, leave_one_out(data), text, tiny_encoder, DEEPREC, FitConfig(pool=100))
+    with pytest.raises(TRMError, match="item_embeddings"):
+        fit(data, leave_one_out(data), text[:1], tiny_encoder, DEEPREC)
+
+
+def test_cold_items_are_found_by_their_text(
+    tiny_data: InteractionData, tiny_encoder: TextEncoder, judge: Judge
+) -> None:
+    warm = without_items(tiny_data, 0.1, 0)
+    known = known_rows(fit_like(warm, tiny_data, tiny_encoder), tiny_data)
+    assert (known < 0).sum() == 4
+    rows = cold_rows(fit_like(warm, tiny_data, tiny_encoder), judge)
+    assert rows["cold items, all target values"].recall20 > 0.5
+
+
+def fit_like(warm: InteractionData, data: InteractionData, encoder: TextEncoder) -> TRM:
+    settings = QUICK.model_copy(update={"epochs": 15})
+    return fit(warm, leave_one_out(warm), text_of(warm, encoder), encoder, DEEPREC, settings)
+
+
+def test_windows_learn_each_transition_once_with_its_own_history() -> None:
+    sequences = [np.arange(3), np.arange(100, 123), np.array([7]), np.arange(50, 57)]
+    wanted = {(a, a + 1) for s in sequences for a in s[:-1]}
+    for causal in (True, False):
+        windows = Windows(sequences, 5, 10)
+        got = []
+        for batch in windows.epoch(np.random.default_rng(0), causal=causal):
+            for row, length, targets in zip(
+                batch.history, batch.lengths, batch.targets, strict=True
+            ):
+                assert (row[:length] >= 0).all()
+                assert (row[length:] == -1).all()
+                assert (np.diff(row[:length]) == 1).all()  # consecutive, of one user
+                assert (targets[length:] == -1).all()
+                learned = targets >= 0
+                got += list(zip(row[learned].tolist(), targets[learned].tolist(), strict=True))
+                if not causal:
+                    assert np.flatnonzero(learned).tolist() == [length - 1]
+        assert sorted(got) == sorted(wanted)
+
+
+def test_windows_are_cut_at_other_places_in_each_epoch() -> None:
+    windows, rng = Windows([np.arange(50)], 10, 1000), np.random.default_rng(0)
+    cuts = {
+        tuple(sorted(batch.history[:, 0].tolist()))
+        for _ in range(10)
+        for batch in windows.epoch(rng, causal=True)
+    }
+    assert len(cuts) > 3
+
+
+def test_sampled_loss_agrees_with_the_full_one() -> None:
+    torch.manual_seed(0)
+    n, batch = 200, 16
+    users, items = torch.randn(batch, 8), 0.4 * torch.randn(n, 8)
+    counts = torch.arange(1, n + 1)  # popular items are drawn more often as targets
+    share = counts / counts.sum()
+    sampled, uncorrected = [], []
+    full = []
+    for _ in range(300):
+        targets = torch.multinomial(share, batch, replacement=True)
+        full.append(cross_entropy(users @ items.T, targets, None))
+        shown, place, chance = Candidates(counts, 64).draw(targets)
+        logits = users @ items[shown].T
+        sampled.append(cross_entropy(logits, place, chance))
+        uncorrected.append(cross_entropy(logits, place, None))
+    exact = torch.stack(full).mean()
+    assert abs(torch.stack(sampled).mean() - exact) < 0.03 * exact
+    assert abs(torch.stack(uncorrected).mean() - exact) > 0.1 * exact
+
+
+def test_full_candidates_are_all_items() -> None:
+    targets = torch.tensor([3, 1])
+    shown, place, chance = Candidates(torch.ones(5), 0).draw(targets)
+    assert shown.tolist() == [0, 1, 2, 3, 4]
+    assert place.tolist() == [3, 1]
+    assert chance is None
+    logits = torch.randn(2, 5)
+    expected = torch.nn.functional.cross_entropy(logits, targets)
+    assert cross_entropy(logits, place, None) == expected
+
+
+def test_a_mix_beyond_everything_is_refused() -> None:
+    with pytest.raises(ValidationError, match="more than 1"):
+        PreferenceMix(history=0.6, unrelated=0.3, title=0.2)
