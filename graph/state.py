@@ -51,7 +51,10 @@ class Limits(_Model):
         8, ge=1, le=MAX_RETRIEVALS, description="Searches per run, refused ones included."
     )
     min_retrievals: int = Field(
-        2, ge=0, le=MAX_RETRIEVALS, description="Guided decoding offers to stop only after this many searches."
+        2,
+        ge=0,
+        le=MAX_RETRIEVALS,
+        description="Guided decoding offers to stop only after this many searches.",
     )
     max_new_tokens: int = Field(2048, ge=16, description="Tokens of one generation.")
     max_total_tokens: int = Field(

@@ -126,6 +126,10 @@ class VLLMEngine(Engine):
         )
         return Generation(ids, logprobs, *_finish(completion.finish_reason, completion.stop_reason))
 
+    def unfinished(self) -> int:
+        """Return the number of generations that the engine is working on."""
+        return int(self._llm.get_num_unfinished_requests())
+
     def close(self) -> None:
         """End the engine core's process and the loop."""
         if self._closed:

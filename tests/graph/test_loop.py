@@ -345,7 +345,10 @@ def test_sync_and_async_callers_of_any_loop(retriever: Retriever) -> None:
     def graph() -> Any:
         settings = RunSettings(decoding="free", k=2, retrieve_n=4)
         return build_graph(
-            ScriptedEngine(good_script(), 8192), retriever, histories={"u": ["0"]}, settings=settings
+            ScriptedEngine(good_script(), 8192),
+            retriever,
+            histories={"u": ["0"]},
+            settings=settings,
         )
 
     async def inside() -> list[Any]:

@@ -1,0 +1,227 @@
+"""The whole graph on the real LLM in the real vLLM, in process and over its server."""
+
+import asyncio
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from deeprec.errors import EngineError
+from deeprec.graph.build import build_graph
+from deeprec.graph.engine.base import Constraint, Engine, Generation, GenerationRequest
+from deeprec.graph.engine.vllm_inprocess import VLLMEngine
+from deeprec.graph.engine.vllm_server import VLLMServerEngine
+from deeprec.graph.state import RecommendationResponse, RunSettings
+from deeprec.graph.transcript import Transcript, segment_ids
+from deeprec.settings import load_settings
+from deeprec.tools.retriever import Retriever
+
+pytestmark = pytest.mark.engine
+
+SAMPLED = ("policy", "guided")
+
+
+@pytest.fixture(scope="module")
+def in_process() -> Iterator[Engine]:
+    engine = VLLMEngine(load_settings().model_name, max_model_len=4096, kv_cache_gib=1)
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """Vllm's own server, as `deeprec serve-llm` starts it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = tmp_path_factory.mktemp("server") / "log"
+    environment = {
+        **os.environ,
+        "DEEPREC_ENGINE__KV_CACHE_GIB": "1",
+        "DEEPREC_ENGINE__MAX_MODEL_LEN": "4096",
+    }
+    command = [sys.executable, "-m", "deeprec.cli", "serve-llm", "--port", str(port)]
+    with log.open("wb") as sink:
+        process = subprocess.Popen(command, stdout=sink, stderr=sink, env=environment)
+        try:
+            url = f"http://127.0.0.1:{port}"
+            _wait_for(url, process, log)
+            engine = VLLMServerEngine(url)
+            yield engine
+            engine.close()
+        finally:
+            process.terminate()
+            process.wait(timeout=60)
+
+
+def _wait_for(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
+    deadline = time.monotonic() + 400
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            if httpx.get(f"{url}/health", timeout=2).is_success:
+                return
+        except httpx.TransportError:
+            time.sleep(1)
+    pytest.fail(f"the server did not start: {log.read_text()[-3000:]}")
+
+
+class Recorder(Engine):
+    """Passes on to a real engine and keeps what it was given and returned."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.name, self.max_model_len = engine.name, engine.max_model_len
+        self.tokenizer = engine.tokenizer
+        self.engine = engine
+        self.calls: list[tuple[GenerationRequest, Generation]] = []
+
+    def submit(self, request: GenerationRequest) -> Future[Generation]:
+        future = self.engine.submit(request)
+        future.add_done_callback(
+            lambda done: done.exception() or self.calls.append((request, done.result()))
+        )
+        return future
+
+    def close(self) -> None:
+        pass
+
+
+def run(engine: Engine, retriever: Retriever, user: int, **settings: Any) -> dict[str, Any]:
+    chosen = RunSettings.model_validate(
+        {
+            "k": 4,
+            "retrieve_n": 5,
+            "thought_tokens": 24,
+            "temperature": 0.8,
+            "seed": user,
+            "limits": {"max_retrievals": 3, "max_new_tokens": 96},
+            **settings,
+        }
+    )
+    histories = {"u": [str(user), str(user + 1), str(user + 2)]}
+    graph = build_graph(engine, retriever, histories=histories, settings=chosen)
+    *_, state = graph.stream({"user_id": "u"}, stream_mode="values")
+    return state
+
+
+@pytest.mark.parametrize("decoding", ["guided", "free"])
+@pytest.mark.parametrize("where", ["in_process", "server"])
+def test_transcripts_are_what_the_engine_was_given_and_returned(
+    where: str, decoding: str, retriever: Retriever, request: pytest.FixtureRequest
+) -> None:
+    """Turn by turn: this fails if any turn is tokenised again."""
+    recorder = Recorder(request.getfixturevalue(where))
+    state = run(recorder, retriever, 3, decoding=decoding)
+    assert len(recorder.calls) >= 2
+    ids = Transcript(state["segments"]).prompt_ids
+    rest = iter(state["segments"][1:])
+    for given, returned in recorder.calls:
+        piece = next(rest)
+        while piece["author"] not in SAMPLED:
+            ids += segment_ids(piece).tolist()
+            piece = next(rest)
+        assert piece["author"] == ("guided" if given.constraint else "policy")
+        assert list(given.prompt_ids) == ids
+        assert tuple(segment_ids(piece).tolist()) == returned.ids
+        ids += returned.ids
+    for piece in rest:
+        assert piece["author"] == "forced"
+        ids += segment_ids(piece).tolist()
+    assert Transcript(state["segments"]).ids == ids
+
+
+@pytest.mark.parametrize("answer_form", ["titles", "numbers"])
+def test_guided_runs_end_with_a_valid_grounded_list(
+    in_process: Engine, retriever: Retriever, answer_form: str
+) -> None:
+    for user in (0, 11, 22, 33):
+        state = run(in_process, retriever, user, answer_form=answer_form)
+        response = RecommendationResponse.model_validate(
+            {name: state[name] for name in RecommendationResponse.model_fields}
+        )
+        ids = [line.id for line in response.recommendations]
+        retrieved = {item.id for turn in response.turns for item in turn.retrieved}
+        assert len(set(ids)) == 4
+        assert not set(ids) & set(state["history_ids"])
+        assert set(ids) <= retrieved
+        assert {line.source for line in response.recommendations} == {"guided"}
+        assert response.usage.retrievals >= 2
+        assert response.failure is None
+
+
+def test_free_running_graphs_share_the_engine(in_process: Engine, retriever: Retriever) -> None:
+    settings = RunSettings.model_validate(
+        {
+            "k": 2,
+            "retrieve_n": 3,
+            "thought_tokens": 8,
+            "limits": {"max_retrievals": 1, "min_retrievals": 1},
+        }
+    )
+    graph = build_graph(in_process, retriever, settings=settings)
+
+    async def many() -> list[dict[str, Any]]:
+        requests = [{"history": [str(n), str(n + 1)]} for n in range(8)]
+        return await asyncio.gather(*(graph.ainvoke(request) for request in requests))
+
+    assert [len(answer["recommendations"]) for answer in asyncio.run(many())] == [2] * 8
+
+
+def test_what_a_generation_is(in_process: Engine) -> None:
+    tokenizer = in_process.tokenizer
+    prompt = tokenizer.encode("One, two, three, four,")
+    base = GenerationRequest(prompt_ids=prompt, max_tokens=16)
+    plain = in_process.submit(base).result()
+    assert plain.finish == "length"
+    assert len(plain.ids) == len(plain.logprobs) == 16
+    assert all(value <= 0 for value in plain.logprobs)
+    stopped = in_process.submit(
+        GenerationRequest(prompt_ids=prompt, max_tokens=16, stop=(" six",))
+    ).result()
+    assert (stopped.finish, stopped.stop_string) == ("stop", " six")
+    assert tokenizer.decode(stopped.ids).endswith(" six")
+    assert stopped.ids == plain.ids[: len(stopped.ids)]
+    chosen = in_process.submit(
+        GenerationRequest(
+            prompt_ids=prompt,
+            max_tokens=16,
+            stop=("\n",),
+            constraint=Constraint(choices=(" Alien (1979)\n", " Aliens [x]\n")),
+        )
+    ).result()
+    assert tokenizer.decode(chosen.ids) in {" Alien (1979)\n", " Aliens [x]\n"}
+
+
+def test_seeds_repeat_and_cancelling_frees_the_engine(in_process: Engine) -> None:
+    prompt = in_process.tokenizer.encode("Once upon a time")
+    seeded = GenerationRequest(prompt_ids=prompt, max_tokens=12, temperature=1.0, seed=7)
+    assert in_process.submit(seeded).result().ids == in_process.submit(seeded).result().ids
+    assert isinstance(in_process, VLLMEngine)
+    endless = in_process.submit(GenerationRequest(prompt_ids=prompt, max_tokens=4000, seed=1))
+    time.sleep(1)
+    assert in_process.unfinished() == 1
+    endless.cancel()
+    deadline = time.monotonic() + 20
+    while in_process.unfinished() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert in_process.unfinished() == 0
+
+
+def test_a_prompt_beyond_the_model_is_refused_in_words(in_process: Engine) -> None:
+    request = GenerationRequest(prompt_ids=[1] * 5000, max_tokens=16)
+    with pytest.raises(EngineError, match="refused"):
+        in_process.submit(request).result()
+
+
+def test_time_budget_cuts_a_generation(in_process: Engine, retriever: Retriever) -> None:
+    limits = {"max_retrievals": 3, "time_budget_s": 2.0}
+    state = run(in_process, retriever, 5, thought_tokens=2000, limits=limits)
+    assert state["stop_reason"] == "time_budget"
+    assert len(state["recommendations"]) == 4
+    assert state["usage"]["seconds"] < 6
