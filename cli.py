@@ -115,6 +115,7 @@ def train_trm(
     place = _workspace(workspace)
     training = FitConfig() if epochs is None else FitConfig(epochs=epochs)
     config = parse_config({"name": architecture})
+    _ = place.data  # a missing data set is told before anything is fetched
     place.ensure_assets(lambda message: console.print(f"  {message}", style="dim"))
     with trm_progress(console) as progress:
         place.train_trm(config, training, seed=seed, progress=progress)

@@ -20,7 +20,12 @@ from .tools.progress import trm_progress
 from .tools.retriever import RetrievalRequest
 from .tools.workspace import Workspace
 
-_SETTINGS = {"retrieve_n": 10, "temperature": 0.7, "thought_tokens": 48, "limits": {"max_retrievals": 3}}
+_SETTINGS = {
+    "retrieve_n": 10,
+    "temperature": 0.7,
+    "thought_tokens": 48,
+    "limits": {"max_retrievals": 3},
+}
 
 
 def run_demo(workspace: Workspace, console: Console, *, users: int, seed: int) -> None:

@@ -68,7 +68,8 @@ def build_graph(
         chosen = context if isinstance(context, RunSettings) else defaults
         if context is not None and chosen is defaults:  # a parent graph's own
             logger.warning("ignoring a context that is no RunSettings: %s", type(context).__name__)
-        given = {name: state[name] for name in _REQUEST_FIELDS if name in state}
+        values: Mapping[str, Any] = state
+        given = {name: values[name] for name in _REQUEST_FIELDS if name in values}
         return nodes.read_request(resources, parse_request(**given), chosen)
 
     def after_thinking(state: State) -> str:

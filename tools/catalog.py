@@ -29,6 +29,7 @@ from .titles import sanitise_attributes
 __all__ = ["Catalog", "CatalogSettings", "Fingerprint", "Snapshot"]
 
 _WIDENED = 4  # HNSW asks for so many times more whenever a filter left too few
+_POOL = 100  # candidates of one vector, at least
 
 
 def _silent(done: int, total: int) -> None:
@@ -195,7 +196,8 @@ class Catalog:
         """What lists of k are chosen from, for several vectors `[B, dim]` of the same B users.
 
         Gives positions `[B, c]` (None: all items in order) and for each of `users` the scores
-        `[B, c]`, -inf where not allowed. With HNSW c covers the k best of each vector.
+        `[B, c]`, -inf where not allowed. With HNSW c covers the best of each vector: k, and enough
+        of them for the sums that a blend normalises by.
         """
         if self.settings.search == "exact":
             return None, [search.scores(vectors, now.matrix, allowed) for vectors in users]
@@ -213,7 +215,8 @@ class Catalog:
     def _pools(
         self, now: Snapshot, users: Sequence[Tensor], k: int, allowed: Sequence[Allowed]
     ) -> list[NDArray[np.int64]]:
-        """For each row the positions of allowed items that HNSW finds, k for each vector."""
+        """For each row the positions of allowed items that HNSW finds for its vectors."""
+        k = max(k, _POOL)
         # Without a filter as many more are asked for as may be excluded, all rows in one query.
         plain = [row for row, may in enumerate(allowed) if may.mask is None]
         asked = k + max((len(allowed[row].excluded) for row in plain), default=0)

@@ -141,6 +141,7 @@ class Workspace:
         """The trained TRM. Raises TRMError where there is none, or it is of another data set."""
         from .trm.model import TRM
 
+        dataset = self.data.fingerprint
         if not self.trm_dir.exists():
             raise TRMError(
                 f"workspace {self.settings.workspace!r} has no TRM at {self.trm_dir}: "
@@ -148,7 +149,7 @@ class Workspace:
             )
         return TRM.from_pretrained(
             self.trm_dir,
-            dataset_fingerprint=self.data.fingerprint,
+            dataset_fingerprint=dataset,
             encoder_fingerprint=self.encoder.fingerprint,
         )
 

@@ -42,7 +42,8 @@ def measure(
     seconds: float,
 ) -> dict[str, Any]:
     """Figures over all users; a list counts as valid when it holds K distinct catalog items,
-    none of them from the history. Invented are answer lines that name nothing retrieved."""
+    none of them from the history. Invented are answer lines that name nothing retrieved.
+    """
 
     def valid(user: str, response: RecommendationResponse) -> bool:
         ids = {line.id for line in response.recommendations}
@@ -113,9 +114,7 @@ def main(
     started = time.monotonic()
     responses = asyncio.run(run_users(graph, tested, concurrency, console))
     known = frozenset(workspace.catalog.ids)
-    figures = measure(
-        responses, histories, known, k=settings.k, seconds=time.monotonic() - started
-    )
+    figures = measure(responses, histories, known, k=settings.k, seconds=time.monotonic() - started)
     report = {
         "date": date.today().isoformat(),
         "machine": {
@@ -132,7 +131,9 @@ def main(
     folder.mkdir(exist_ok=True)
     rows = [f"| {name} | {value} |" for name, value in figures.items()]
     _replace(folder / "guided_users.json", json.dumps(report, indent=2) + "\n")
-    _replace(folder / "guided_users.md", "\n".join(["| figure | value |", "| --- | --- |", *rows]) + "\n")
+    _replace(
+        folder / "guided_users.md", "\n".join(["| figure | value |", "| --- | --- |", *rows]) + "\n"
+    )
     for name, value in figures.items():
         console.print(f"{name:<24}{value}", highlight=False)
     console.print(f"Written to {folder}", soft_wrap=True)

@@ -1,4 +1,4 @@
-"""What can be refused before a model is loaded: no model, no room for its KV cache."""
+"""What is settled before a model is loaded: its arithmetic on a CPU, and what is refused."""
 
 from __future__ import annotations
 
@@ -32,11 +32,25 @@ def check_model_folder(model: str) -> None:
         )
 
 
-def check_kv_cache(model: str, *, max_model_len: int, kv_cache_gib: int) -> None:
+def cpu_dtype(dtype: str) -> str:
+    """Return the type to compute in on this CPU: "auto" is float32 where bfloat16 is emulated.
+
+    Without bfloat16 instructions float32 decodes more than twice as fast (docs/experiments.md).
+    """
+    import torch
+
+    if dtype != "auto":
+        return dtype
+    capabilities = torch.cpu.get_capabilities()
+    native = any(bool(has) for name, has in capabilities.items() if "bf16" in name)
+    return "auto" if native else "float32"
+
+
+def check_kv_cache(model: str, *, max_model_len: int, kv_cache_gib: int, dtype: str) -> None:
     """Refuse on a CPU what vLLM would only refuse after loading. Raises EngineError.
 
-    One sequence of `max_model_len` tokens must fit into the KV cache (2 bytes a value), and the
-    cache into the memory that is free.
+    One sequence of `max_model_len` tokens must fit into the KV cache (4 bytes a value for
+    float32, else 2), and the cache into the memory that is free.
     """
     import psutil
     from transformers import AutoConfig
@@ -54,7 +68,8 @@ def check_kv_cache(model: str, *, max_model_len: int, kv_cache_gib: int) -> None
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    needed = 2 * config.num_hidden_layers * kv_heads * head_dim * 2 * max_model_len
+    value_bytes = 4 if dtype == "float32" else 2
+    needed = 2 * config.num_hidden_layers * kv_heads * head_dim * value_bytes * max_model_len
     if needed > kv_cache_gib * _GIB:
         raise EngineError(
             f"{max_model_len} tokens need {needed / _GIB:.2f} GiB of KV cache and "

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import EngineError
 from .base import Engine, Finish, Generation, GenerationRequest, LoopThread
-from .limits import check_kv_cache, check_model_folder
+from .limits import check_kv_cache, check_model_folder, cpu_dtype
 from .tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class VLLMEngine(Engine):
     Args:
         model: hub name or local folder of a causal LM with its tokenizer.
         max_model_len: the most tokens of one trajectory, prompt included.
-        dtype: weights and activations: "auto", "bfloat16" or "float32".
+        dtype: weights and activations: "auto", "bfloat16" or "float32" (limits.cpu_dtype).
         kv_cache_gib: memory of the KV cache on a CPU; a GPU uses `gpu_memory_utilization`.
         gpu_memory_utilization: share of the GPU's memory that vLLM may take.
         max_num_seqs: sequences that vLLM decodes at the same time.
@@ -68,7 +68,10 @@ class VLLMEngine(Engine):
             ) from error
         self._on_cpu = current_platform.is_cpu()
         if self._on_cpu:
-            check_kv_cache(model, max_model_len=max_model_len, kv_cache_gib=kv_cache_gib)
+            dtype = cpu_dtype(dtype)
+            check_kv_cache(
+                model, max_model_len=max_model_len, kv_cache_gib=kv_cache_gib, dtype=dtype
+            )
         self.tokenizer = load_tokenizer(model)
         self.name = model
         self.max_model_len = max_model_len

@@ -21,7 +21,7 @@ from tenacity import (
 
 from ...errors import EngineError
 from .base import Engine, Generation, GenerationRequest, LoopThread
-from .limits import check_kv_cache, check_model_folder
+from .limits import check_kv_cache, check_model_folder, cpu_dtype
 from .tokenizer import load_tokenizer
 
 _CONNECT_TIMEOUT_S = 5.0
@@ -97,7 +97,7 @@ class VLLMServerEngine(Engine):
                     reply = await self._post(_body(self.name, request))
         except _ServerBusyError as error:
             raise EngineError(
-                f"no answer from {self.url} for {self._retry_seconds:g} s, and no more tries: {error}"
+                f"no answer from {self.url} for {self._retry_seconds:g} s, no more tries: {error}"
             ) from error
         return _generation(reply)
 
@@ -177,7 +177,10 @@ def serve(
     name, which the CPU build isn't.
     """
     check_model_folder(model)
-    check_kv_cache(model, max_model_len=max_model_len, kv_cache_gib=kv_cache_gib)
+    on_cpu = _without_gpu()
+    if on_cpu:
+        dtype = cpu_dtype(dtype)
+        check_kv_cache(model, max_model_len=max_model_len, kv_cache_gib=kv_cache_gib, dtype=dtype)
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -195,5 +198,14 @@ def serve(
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", model, "--host", host, "--port", str(port), "--dtype", dtype]
     command += ["--max-model-len", str(max_model_len), "--generation-config", "vllm"]
+    if on_cpu:  # chunked prefill rewinds the generator of a seeded request, which a CPU's can't
+        command += ["--no-enable-chunked-prefill", "--enforce-eager"]
+        command += ["--max-num-batched-tokens", str(max(max_model_len, 2048))]
     sys.stdout.flush()
     os.execve(sys.executable, command, environment)  # noqa: S606  # no shell, fixed program
+
+
+def _without_gpu() -> bool:
+    import torch
+
+    return not torch.cuda.is_available()

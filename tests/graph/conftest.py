@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+
 from deeprec.errors import EngineError
 from deeprec.graph.build import build_graph
 from deeprec.graph.engine.base import Engine, Generation, GenerationRequest
@@ -15,7 +15,7 @@ from deeprec.graph.engine.tokenizer import load_tokenizer
 from deeprec.graph.state import RunSettings
 from deeprec.settings import load_settings
 from deeprec.tools.catalog import Catalog, CatalogSettings, Fingerprint
-from deeprec.tools.interactions import InteractionData, Item, leave_one_out
+from deeprec.tools.interactions import InteractionData, leave_one_out
 from deeprec.tools.retriever import Retriever
 from deeprec.tools.text_encoder import TextEncoder, item_embeddings
 from deeprec.tools.trm.config import DeepRecConfig, FitConfig

@@ -5,9 +5,10 @@ import socket
 from pathlib import Path
 
 import pytest
+
 from deeprec.errors import EngineError
 from deeprec.graph.engine.base import Constraint, Generation
-from deeprec.graph.engine.limits import check_kv_cache, check_model_folder
+from deeprec.graph.engine.limits import check_kv_cache, check_model_folder, cpu_dtype
 from deeprec.graph.engine.tokenizer import load_tokenizer
 from deeprec.graph.engine.vllm_server import VLLMServerEngine, serve
 
@@ -31,7 +32,7 @@ def model(tmp_path: Path) -> Path:
 
 def test_a_model_folder_passes(model: Path) -> None:
     check_model_folder(str(model))
-    check_kv_cache(str(model), max_model_len=1024, kv_cache_gib=1)
+    check_kv_cache(str(model), max_model_len=1024, kv_cache_gib=1, dtype="auto")
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "model.safetensors"])
@@ -52,19 +53,37 @@ def test_a_hub_name_is_left_to_the_hub() -> None:
 
 def test_one_run_must_fit_into_the_kv_cache(model: Path) -> None:
     # 2 (K, V) · 32 layers · 8 heads · 128 · 2 bytes = 128 KiB a token; 1 GiB holds 8,192 tokens.
-    check_kv_cache(str(model), max_model_len=8192, kv_cache_gib=1)
+    check_kv_cache(str(model), max_model_len=8192, kv_cache_gib=1, dtype="bfloat16")
     with pytest.raises(EngineError, match=r"need 1\.00 GiB of KV cache and 1 GiB are set"):
-        check_kv_cache(str(model), max_model_len=8193, kv_cache_gib=1)
+        check_kv_cache(str(model), max_model_len=8193, kv_cache_gib=1, dtype="bfloat16")
+    check_kv_cache(str(model), max_model_len=4096, kv_cache_gib=1, dtype="float32")
+    with pytest.raises(EngineError, match="KV cache"):
+        check_kv_cache(str(model), max_model_len=4097, kv_cache_gib=1, dtype="float32")
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "asked", "chosen"),
+    [
+        ({"avx2": True, "avx512_bf16": False}, "auto", "float32"),
+        ({"avx512_bf16": True, "amx_bf16": False}, "auto", "auto"),
+        ({"avx2": True}, "bfloat16", "bfloat16"),
+    ],
+)
+def test_float32_where_bfloat16_is_emulated(
+    capabilities: dict[str, bool], asked: str, chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: capabilities)
+    assert cpu_dtype(asked) == chosen
 
 
 def test_the_kv_cache_must_fit_into_memory(model: Path) -> None:
     with pytest.raises(EngineError, match="too little memory for the KV cache: 999999 GiB"):
-        check_kv_cache(str(model), max_model_len=1024, kv_cache_gib=999_999)
+        check_kv_cache(str(model), max_model_len=1024, kv_cache_gib=999_999, dtype="auto")
 
 
 def test_positions_bound_the_length(model: Path) -> None:
     with pytest.raises(EngineError, match="beyond the 32768 positions"):
-        check_kv_cache(str(model), max_model_len=40_000, kv_cache_gib=1)
+        check_kv_cache(str(model), max_model_len=40_000, kv_cache_gib=1, dtype="auto")
 
 
 def test_a_folder_without_tokenizer(model: Path) -> None:

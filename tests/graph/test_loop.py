@@ -5,13 +5,14 @@ import asyncio
 from typing import Any
 
 import pytest
+from langgraph.checkpoint.memory import InMemorySaver
+
 from deeprec.errors import AmbiguousTitleError, DeepRecError, EngineError, RequestError
 from deeprec.graph import protocol
 from deeprec.graph.build import build_graph
 from deeprec.graph.state import RecommendationResponse, RunSettings
 from deeprec.graph.transcript import Transcript, segment_ids
 from deeprec.tools.retriever import RetrievalRequest, Retriever
-from langgraph.checkpoint.memory import InMemorySaver
 
 from .conftest import Run, RunGraph, ScriptedEngine
 

@@ -93,7 +93,7 @@ def test_prompt_holds_the_history_in_order_and_k(form: protocol.AnswerForm) -> N
 
 
 def test_reciprocal_rank_fusion_by_hand() -> None:
-    # a: 1/61 + 1/63 = .03227; b: 1/62 + 1/61 = .03252; c: 1/62 = .01613
+    # By hand, a scores .03227 (1/61 and 1/63), b .03252 (1/62 and 1/61), c .01613 (1/62).
     assert reciprocal_rank_fusion([["a", "b"], ["b", "c", "a"]]) == ["b", "a", "c"]
     assert reciprocal_rank_fusion([]) == []
     assert reciprocal_rank_fusion([["x", "y"]]) == ["x", "y"]

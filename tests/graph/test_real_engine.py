@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
+
 from deeprec.errors import EngineError
 from deeprec.graph.build import build_graph
 from deeprec.graph.engine.base import Constraint, Engine, Generation, GenerationRequest

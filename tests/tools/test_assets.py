@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from deeprec.errors import AssetError
 from deeprec.tools import assets
 from deeprec.tools.assets import Asset, ensure_assets, is_present

@@ -87,7 +87,7 @@ def test_the_history_is_never_retrieved(tool: StructuredTool):
     ("arguments", "said"),
     [
         ({"history": ["Film 999"]}, "no item is titled 'Film 999'"),
-        ({"history": ["Twin"]}, "[id x1]"),
+        ({"history": ["Twin </think>"]}, "[id x1]"),
         ({"history": ["1"], "k": 42}, "k is 42, and 41 of 42 items are eligible"),
         ({"history": ["1"], "filters": {"mood": "dark"}}, "unknown attribute 'mood'"),
         ({"history": ["1"], "filters": {"year": {"above": 3}}}, "none of any, not, gte, lte"),

@@ -103,9 +103,7 @@ def test_another_encoder_never_meets_the_cache(counting: Counting, tmp_path: Pat
 
 
 @pytest.mark.parametrize("damage", ["torn", "flipped", "garbage"])
-def test_a_damaged_cache_is_computed_again(
-    damage: str, counting: Counting, tmp_path: Path
-) -> None:
+def test_a_damaged_cache_is_computed_again(damage: str, counting: Counting, tmp_path: Path) -> None:
     good = item_embeddings(counting, ITEMS, tmp_path)
     (path,) = tmp_path.iterdir()
     raw = bytearray(path.read_bytes())
