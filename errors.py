@@ -61,3 +61,7 @@ class AmbiguousTitleError(RequestError):
 
 class EngineError(DeepRecError):
     """The LLM engine can't start or is out of reach: no such model, port in use, no memory."""
+
+
+class TrajectoryError(DeepRecError):
+    """A trajectory file or its source is missing, torn, of another schema, or holds no run."""

@@ -38,10 +38,10 @@ _LEADS = (
     "What is still missing here is",
 )
 _LAST_LEAD = "All in all, this user will enjoy"
-_THOUGHT_ENDS = (protocol.BEGIN_PREFERENCE, protocol.BEGIN_ITEMS, protocol.BEGIN_ANSWER)
 _PREFERENCE_TOKENS = 64
 _VOCABULARY = 48
-_FREE_PHRASES = r"(; [a-z][a-z'-]{1,14}( [a-z'-]{2,14}){0,3}){1,2}"
+_FREE_WORD = "[a-z]{2,12}(-[a-z]{2,12})?"
+_FREE_PHRASE = f"{_FREE_WORD}( {_FREE_WORD}){{0,3}}"
 _REGEX_SPECIAL = re.compile(r"([\\^$.|?*+()\[\]{}])")
 
 
@@ -141,6 +141,7 @@ def read_request(
         )
     return {
         "run": settings.model_dump(mode="json"),
+        "model": engine.name,
         "history_ids": list(history),
         "where": request.filters,
         "segments": Overwrite([segment("prompt", prompt)]),
@@ -251,9 +252,10 @@ async def _think_guided(resources: Resources, step: Step, state: State) -> StopR
     may_search = len(turns) < step.limits.max_retrievals
     lead = _LEADS[len(turns) % len(_LEADS)] if may_search else _LAST_LEAD
     step.write("forced", lead if turns else f"{protocol.BEGIN_THINK}\n{lead}")
+    end = protocol.END_THINK if may_stop else protocol.BEGIN_ANSWER
     thought = await step.generate(
         max_tokens=step.settings.thought_tokens,
-        stop=("\n", *_THOUGHT_ENDS, *([protocol.END_THINK] if may_stop else [])),
+        stop=("\n", protocol.BEGIN_PREFERENCE, protocol.BEGIN_ITEMS, end),
         reserve=reserve,
     )
     if thought.stop_string == protocol.END_THINK:
@@ -285,14 +287,16 @@ async def _think_guided(resources: Resources, step: Step, state: State) -> StopR
 
 
 def preference_regex(vocabulary: Sequence[str]) -> str:
-    """Grammar of a guided preference: one of the catalog's words, then one or two free phrases.
+    """Grammar of a guided preference: one of the catalog's words, then up to two more phrases,
+    each the catalog's or free.
 
     With an empty vocabulary the first phrase is free as well.
     """
-    first = "|".join(_REGEX_SPECIAL.sub(r"\\\1", value) for value in vocabulary)
-    lead = f"({first})" if first else r"[a-z][a-z'-]{1,14}( [a-z'-]{2,14}){0,3}"
+    words = [_REGEX_SPECIAL.sub(r"\\\1", value) for value in vocabulary]
+    lead = f"({'|'.join(words or [_FREE_PHRASE])})"
+    more = f"(; ({'|'.join([*words, _FREE_PHRASE])})){{0,2}}"
     end = _REGEX_SPECIAL.sub(r"\\\1", protocol.END_PREFERENCE)
-    return f" {lead}{_FREE_PHRASES} {end}"
+    return f" {lead}{more} {end}"
 
 
 async def call_trm(resources: Resources, state: State) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from . import protocol
@@ -99,9 +100,10 @@ async def _write_answer(
         await _choose_lines(step, candidates, numbers)
         return
     result = await step.generate(max_tokens=step.limits.max_new_tokens, stop=(protocol.END_ANSWER,))
-    if result.finish == "stop" and step.room() > _END_TOKENS:
+    if result.finish == "stop":
         # Whether the policy ends here is its own doing: a trained one writes end-of-sequence.
-        await step.generate(max_tokens=_END_TOKENS)
+        with suppress(LimitReachedError):  # the list is complete and stands without it
+            await step.generate(max_tokens=_END_TOKENS)
 
 
 async def _choose_lines(

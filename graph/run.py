@@ -14,7 +14,7 @@ from ..errors import EngineError
 from . import protocol
 from .engine.base import Constraint, Engine, Generation, GenerationRequest
 from .state import Limits, RunSettings, State, StopReason
-from .transcript import Author, Segment, Transcript, segment, segment_ids
+from .transcript import Author, Segment, Transcript, pieces, segment
 
 _MIN_GENERATION = 8
 _ANSWER_LINE_TOKENS = {"titles": 24, "numbers": 8}
@@ -125,23 +125,8 @@ class Step:
         self._append(author, tuple(ids), None)
 
     def pieces(self, *, since_list: bool = False) -> list[tuple[Author, str]]:
-        """Text of the completion, piece by piece with its author, without end-of-sequence.
-
-        `since_list` leaves out everything up to the last thing that the environment wrote.
-        """
-        segments = [item for item in self.transcript.segments if item["author"] != "prompt"]
-        if since_list:
-            marks = [at for at, item in enumerate(segments) if item["author"] == "environment"]
-            segments = segments[marks[-1] + 1 :] if marks else segments
-        joined: list[tuple[Author, list[int]]] = []
-        for item in segments:
-            # Neighbours of one author are decoded together: a character may span two of them.
-            ids = segment_ids(item).tolist()
-            if joined and joined[-1][0] == item["author"]:
-                joined[-1][1].extend(ids)
-            else:
-                joined.append((item["author"], ids))
-        return [(author, decode(self._engine, ids)) for author, ids in joined]
+        """See transcript.pieces."""
+        return pieces(self.transcript, self._engine.tokenizer, since_list=since_list)
 
     def text(self, *, since_list: bool = False) -> str:
         """Text of `pieces`, joined."""
@@ -170,18 +155,6 @@ class Step:
 def encode(engine: Engine, text: str) -> list[int]:
     """Token ids of the environment's words, without special tokens at the ends."""
     return list(engine.tokenizer.encode(text, add_special_tokens=False))
-
-
-def decode(engine: Engine, ids: list[int]) -> str:
-    """Text of token ids for people and parsers; end-of-sequence tokens are left out."""
-    eos = engine.tokenizer.eos_token_id
-    return str(
-        engine.tokenizer.decode(
-            [token for token in ids if token != eos],
-            skip_special_tokens=False,
-            clean_up_tokenization_spaces=False,
-        )
-    )
 
 
 def closing(text: str) -> str:

@@ -203,6 +203,7 @@ class State(TypedDict, total=False):
     limits: Annotated[Limits | None, EphemeralValue]
     # made by read_request
     run: dict[str, Any]  # RunSettings of this run, dumped
+    model: str  # name of the engine's model
     history_ids: list[str]
     where: dict[str, Any]  # the request's filters
     # made by the loop

@@ -8,10 +8,13 @@ text; prompt_ids, completion_ids, logprobs and env_mask are read off.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal, TypedDict
+from typing import TYPE_CHECKING, Literal, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Author = Literal["prompt", "policy", "guided", "forced", "environment"]
 """Who wrote a segment.
@@ -119,3 +122,34 @@ class Transcript:
     def _join(segments: Iterable[Segment]) -> list[int]:
         parts = [segment_ids(item) for item in segments]
         return np.concatenate(parts).tolist() if parts else []
+
+
+def pieces(
+    transcript: Transcript, tokenizer: PreTrainedTokenizerBase, *, since_list: bool = False
+) -> list[tuple[Author, str]]:
+    """Text of the completion, piece by piece with its author, without end-of-sequence.
+
+    For people and parsers only. `since_list` leaves out everything up to the last thing that the
+    environment wrote.
+    """
+    segments = [item for item in transcript.segments if item["author"] != "prompt"]
+    if since_list:
+        marks = [at for at, item in enumerate(segments) if item["author"] == "environment"]
+        segments = segments[marks[-1] + 1 :] if marks else segments
+    joined: list[tuple[Author, list[int]]] = []
+    for item in segments:
+        # Neighbours of one author are decoded together: a character may span two of them.
+        ids = [token for token in segment_ids(item).tolist() if token != tokenizer.eos_token_id]
+        if joined and joined[-1][0] == item["author"]:
+            joined[-1][1].extend(ids)
+        else:
+            joined.append((item["author"], ids))
+    return [
+        (
+            author,
+            str(
+                tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            ),
+        )
+        for author, ids in joined
+    ]

@@ -70,13 +70,15 @@ def detect_format(path: Path | str) -> str:
     if (path / MANIFEST).is_file():
         raise DataError(f"{path} is already a prepared data set. Use it as it is.")
     files = sorted(path.iterdir()) if path.is_dir() else [path]
-    found = detect_amazon(files)
+    found = []
     if any(file.suffix == ".inter" for file in files):
         found.append("recbole")
     if {"ratings.dat", "movies.dat"} <= {file.name for file in files}:
         found.append("movielens-1m")
     if path.is_file() and path.name.removesuffix(".gz").endswith((".parquet", *_DELIMITERS)):
         found.append("table")
+    if not found:  # the others go by names; this one looks into the files
+        found = detect_amazon(files)
     if len(found) != 1:
         raise DataError(
             f"can't tell the format of {path} ({' or '.join(found) or 'none fits'}). "

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 Finish = Literal["stop", "eos", "length"]
+MAX_STOPS = 4  # what the OpenAI-compatible protocol takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,8 @@ class Constraint:
 class GenerationRequest:
     """One call of the engine.
 
-    `stop` strings end the generation; the tokens that spell one are part of the result.
+    `stop` strings end the generation; the tokens that spell one are part of the result. There
+    are at most MAX_STOPS of them.
     `constraint` masks the vocabulary (guided decoding); logprobs are then those after the mask.
     `temperature` 0 is greedy decoding.
     """
@@ -50,6 +52,10 @@ class GenerationRequest:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     constraint: Constraint | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.stop) > MAX_STOPS:
+            raise ValueError(f"{len(self.stop)} stop strings; an engine takes {MAX_STOPS} at most")
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,9 @@ def retriever(
     catalog.close()
 
 
+_tokenizer = lru_cache(maxsize=1)(load_tokenizer)
+
+
 class ScriptedEngine(Engine):
     """Says the next text of a script, cut at the first stop string, token by token.
 
@@ -60,7 +64,7 @@ class ScriptedEngine(Engine):
     name = "scripted"
 
     def __init__(self, script: Sequence[str | Exception | None], max_model_len: int) -> None:
-        self.tokenizer = load_tokenizer(load_settings().model_name)
+        self.tokenizer = _tokenizer(load_settings().model_name)
         self.max_model_len = max_model_len
         self.script = list(script)
         self.calls: list[tuple[GenerationRequest, Generation]] = []

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from deeprec.errors import EngineError
-from deeprec.graph.engine.base import Constraint, Generation
+from deeprec.graph.engine.base import Constraint, Generation, GenerationRequest
 from deeprec.graph.engine.limits import check_kv_cache, check_model_folder, cpu_dtype
 from deeprec.graph.engine.tokenizer import load_tokenizer
 from deeprec.graph.engine.vllm_server import VLLMServerEngine, serve
@@ -124,3 +124,9 @@ def test_a_constraint_is_one_of_two(arguments: dict[str, object]) -> None:
 def test_a_generation_has_a_logprob_per_token() -> None:
     with pytest.raises(ValueError, match="2 token ids came with 1 logprobs"):
         Generation((1, 2), (-0.1,), "stop")
+
+
+def test_a_server_takes_four_stop_strings() -> None:
+    GenerationRequest((1,), 1, stop=("a", "b", "c", "d"))
+    with pytest.raises(ValueError, match="5 stop strings"):
+        GenerationRequest((1,), 1, stop=("a", "b", "c", "d", "e"))

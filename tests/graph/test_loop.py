@@ -2,11 +2,13 @@
 of it."""
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import pytest
 from langgraph.checkpoint.memory import InMemorySaver
 
+import deeprec
 from deeprec.errors import AmbiguousTitleError, DeepRecError, EngineError, RequestError
 from deeprec.graph import protocol
 from deeprec.graph.build import build_graph
@@ -88,6 +90,19 @@ def test_every_token_is_what_the_engine_was_given_and_returned(run_graph: RunGra
     assert transcript.env_mask == mask
     assert transcript.completion_ids == ids[len(transcript.prompt_ids) :]
     assert 0 in mask
+
+
+def test_a_complete_answer_stands_when_the_engine_fails_after_it(run_graph: RunGraph) -> None:
+    """Only the end-of-sequence token was still to come."""
+    run = run_graph(
+        "<think>\n" + ask("comedy"),
+        "So.</think>",
+        answer("Film 3", "Film 4"),
+        EngineError("gone"),
+        on_limit="fail",
+    )
+    assert run.state["failure"] is None
+    assert len(run.state["recommendations"]) == 2
 
 
 def test_a_repeated_preference_is_refused_and_counts_for_nothing(run_graph: RunGraph) -> None:
@@ -377,6 +392,8 @@ def test_the_drawing_shows_the_loop(retriever: Retriever) -> None:
         assert f"\t{node}({node})" in drawing
     for edge in ("think -.-> call_trm", "think -.-> rank", "call_trm -.-> think"):
         assert edge in drawing
+    readme = (Path(deeprec.__file__).parent / "README.md").read_text()
+    assert f"```mermaid\n{drawing.strip()}\n```" in readme
 
 
 def test_ambiguous_titles_list_their_candidates(run_graph: RunGraph) -> None:
