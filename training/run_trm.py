@@ -7,36 +7,28 @@ does is in deeprec/tools/trm/fit.py; this script only loops, records and sums up
 """
 
 import argparse
-import os
 import sys
 import time
 from argparse import RawTextHelpFormatter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from rich.console import Console
+
 from deeprec.errors import DeepRecError, SettingsError, TRMError
 from deeprec.tools.interactions import InteractionData, Split, leave_one_out
+from deeprec.tools.progress import trm_progress
 from deeprec.tools.text_encoder import TextEncoder, item_embeddings
 from deeprec.tools.trm.cold import without_items
 from deeprec.tools.trm.config import DeepRecConfig, FitConfig, TRMConfig
-from deeprec.tools.trm.evaluate import Judge
 from deeprec.tools.trm.fit import FitProgress, fit
 from deeprec.tools.trm.preferences import PreferencePool
-from deeprec.tools.trm.report import (
-    FitRecord,
-    RunResults,
-    evaluate_run,
-    markdown_table,
-    model_card,
-    print_table,
-)
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from deeprec.tools.trm.record import FitRecord, RunSource, model_card
+from deeprec.tools.trm.report import RunResults, evaluate_folder, print_table
 
 
 class Variant(BaseModel):
@@ -79,52 +71,20 @@ def load_config(path: Path, **changes: object) -> TRMRun:
 
 
 def run(config: TRMRun, console: Console) -> RunResults:
-    """Fit what is missing, evaluate everything, write results.json and table.md."""
+    """Fit what is missing, evaluate everything, write results.json, table.md and model cards."""
     torch.set_num_threads(config.threads)
     data = InteractionData.load(config.data)
     encoder = TextEncoder(config.encoder, device=config.device)
+    source = RunSource(data=config.data.absolute(), encoder=config.encoder)
+    source.write(config.output)
     fitter = Fitter(config, data, encoder, console)
     for name, variant in config.variants.items():
         for seed in config.seeds:
             fitter.fit(name, variant, seed)
-    judge = Judge(data, leave_one_out(data), fitter.embeddings, encoder)
-    results = evaluate_run(config.output, judge)
-    _write(config.output / "results.json", results.model_dump_json(indent=2) + "\n")
-    _write(config.output / "table.md", markdown_table(results))
+    with console.status("Evaluating"):
+        results = evaluate_folder(config.output, device=config.device)
     print_table(results, console)
     return results
-
-
-class FitBar:
-    """A progress bar that a fit reports to."""
-
-    def __init__(self, bar: Progress, title: str):
-        self._bar = bar
-        self._title = title
-        self._tasks: dict[str, TaskID] = {}
-        self.examples = 0
-
-    def __call__(self, at: FitProgress) -> None:
-        self.examples = max(self.examples, at.examples)
-        what = "preference texts" if at.stage == "preferences" else f"epoch {at.epoch}"
-        if at.valid_ndcg is not None:
-            what += f", valid NDCG@10 {at.valid_ndcg[0]:.3f} / {at.valid_ndcg[1]:.3f}"
-        if at.stage not in self._tasks:
-            self._tasks[at.stage] = self._bar.add_task(self._title)
-        self._bar.update(
-            self._tasks[at.stage],
-            completed=at.step,
-            total=at.total,
-            description=f"{self._title}: {what}",
-        )
-
-
-@contextmanager
-def fit_bar(console: Console, title: str) -> Iterator[FitBar]:
-    """A bar on the console while a fit runs."""
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bar:
-        yield FitBar(bar, title)
 
 
 class Fitter:
@@ -163,12 +123,20 @@ class Fitter:
         data, text = self.data, self.embeddings
         if variant.cold_share:
             data = without_items(self.data, variant.cold_share, seed)
-            warm = set(item.id for item in data.items)
+            warm = {item.id for item in data.items}
             text = text[[item.id in warm for item in self.data.items]]
         split = leave_one_out(data)
-        with fit_bar(self.console, f"{name}, seed {seed}") as bar:
+        self.console.print(f"{name}, seed {seed}")
+        examples = 0
+
+        def report(at: FitProgress) -> None:
+            nonlocal examples
+            examples = at.examples
+            show(at)
+
+        with trm_progress(self.console) as show:
             began = time.perf_counter()
-            pool = self.pool(data, split, text, variant, bar)
+            pool = self.pool(data, split, text, variant, report)
             ready = time.perf_counter()
             model = fit(
                 data,
@@ -179,7 +147,7 @@ class Fitter:
                 variant.training,
                 seed=seed,
                 pool=pool,
-                progress=bar,
+                progress=report,
                 device=self.config.device,
             )
             done = time.perf_counter()
@@ -188,10 +156,10 @@ class Fitter:
                 "model": model.config,
                 "prepare_seconds": ready - began,
                 "fit_seconds": done - ready,
-                "examples": bar.examples,
+                "examples": examples,
             }
         )
-        model.save_pretrained(folder, card=model_card(record, data))
+        model.save_pretrained(folder, card=model_card(record, data, self.config.encoder))
         record.write(folder)
 
     def pool(
@@ -200,7 +168,7 @@ class Fitter:
         split: Split,
         text: np.ndarray,
         variant: Variant,
-        bar: FitBar,
+        report: Callable[[FitProgress], None],
     ) -> PreferencePool | None:
         """The embedded preference texts of this data set, made once."""
         if not variant.training.preferences:
@@ -214,15 +182,9 @@ class Fitter:
                 self.encoder,
                 size=variant.training.pool,
                 history_length=variant.model.history_length,
-                progress=lambda done, total: bar(FitProgress("preferences", done, total)),
+                progress=lambda done, total: report(FitProgress("preferences", done, total)),
             )
         return self.pools[key]
-
-
-def _write(path: Path, text: str) -> None:
-    beside = path.with_name(f"{path.name}.part")
-    beside.write_text(text)
-    os.replace(beside, path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -3,6 +3,7 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from deeprec.errors import TRMError
 from deeprec.tools.interactions import InteractionData, leave_one_out
 from deeprec.tools.text_encoder import TextEncoder

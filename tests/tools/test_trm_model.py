@@ -2,10 +2,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from deeprec.errors import TRMError
 from deeprec.tools.trm.config import DeepRecConfig, PaperConfig, parse_config
 from deeprec.tools.trm.model import TRM
-from safetensors.torch import load_file
 
 TEXT = 32
 SMALL = {"dim": 16, "inner": 16, "history_length": 6, "text_dim": TEXT}
@@ -50,9 +51,7 @@ def test_vectors_have_the_promised_shapes(model: TRM, text: torch.Tensor) -> Non
         assert torch.allclose(length, torch.ones(1), atol=1e-5)
 
 
-def test_padding_and_neighbours_in_the_batch_change_nothing(
-    model: TRM, text: torch.Tensor
-) -> None:
+def test_padding_and_neighbours_in_the_batch_change_nothing(model: TRM, text: torch.Tensor) -> None:
     alone = users(model, text, [[1, 2, 3]])
     together = users(model, text, [[4, 5, 6, 7, 8, 9], [1, 2, 3]])
     assert torch.allclose(alone[0], together[1], atol=1e-5)
@@ -123,14 +122,10 @@ def test_bad_histories_are_refused(model: TRM, text: torch.Tensor) -> None:
     with pytest.raises(TRMError, match="empty"):
         model.user_vectors(torch.tensor([[-1]]), text[:1][None], torch.tensor([0]))
     with pytest.raises(TRMError, match="last 6"):
-        model.user_vectors(
-            torch.zeros(1, 7, dtype=torch.long), text[:7][None], torch.tensor([7])
-        )
+        model.user_vectors(torch.zeros(1, 7, dtype=torch.long), text[:7][None], torch.tensor([7]))
 
 
-def test_checkpoint_gives_the_same_scores(
-    model: TRM, text: torch.Tensor, tmp_path: Path
-) -> None:
+def test_checkpoint_gives_the_same_scores(model: TRM, text: torch.Tensor, tmp_path: Path) -> None:
     folder = tmp_path / "deep" / "model"
     model.save_pretrained(folder, card="# card")
     model.save_pretrained(folder, card="# card")  # replaces

@@ -1,15 +1,15 @@
 import numpy as np
 import pytest
+
 from deeprec.tools.interactions import InteractionData, Item, leave_one_out
 from deeprec.tools.text_encoder import TextEncoder
 from deeprec.tools.trm.preferences import (
     HELD_OUT_TEMPLATES,
     PreferencePool,
-    Vocabulary,
     embed_preferences,
     pad,
-    render,
 )
+from deeprec.tools.trm.vocabulary import Vocabulary, render
 
 
 def films() -> list[Item]:

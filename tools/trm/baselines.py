@@ -49,7 +49,8 @@ class Markov:
 
     def lift(self) -> csr_array:
         """log(P(v | item) / P(v)) of the counted pairs where it is positive, `[items, items]`:
-        how much likelier than by popularity one item follows the other."""
+        how much likelier than by popularity one item follows the other.
+        """
         share = np.maximum(self._popularity / max(self._popularity.sum(), 1), 1e-12)
         table = self.table
         values = np.log(np.maximum(table.data / share[table.indices], 1.0))
@@ -67,4 +68,5 @@ class Markov:
             (np.concatenate(weights), (np.concatenate(rows), np.concatenate(columns))),
             shape=(len(histories), self.table.shape[0]),
         )
-        return ((seen @ self.table).toarray() + self._rest).astype(np.float32)
+        scores: np.ndarray = (seen @ self.table).toarray() + self._rest
+        return scores.astype(np.float32)

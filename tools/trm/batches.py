@@ -20,7 +20,8 @@ class Batch:
 class Windows:
     """All users' training sequences, and how an epoch walks through them.
 
-    Raises TRMError if no sequence has a transition."""
+    Raises TRMError if no sequence has a transition.
+    """
 
     def __init__(self, sequences: Sequence[np.ndarray], length: int, batch_size: int):
         kept = [np.asarray(s, dtype=np.int64) for s in sequences if len(s) > 1]
@@ -42,7 +43,8 @@ class Windows:
         """Batches that learn each transition once, in random order.
 
         A causal model learns at every position of a window, and windows are cut at other places
-        in each epoch; else each target has a window of its own."""
+        in each epoch; else each target has a window of its own.
+        """
         if causal:
             start, stop = self._cut(rng)
             rows = max(1, self.batch_size // self.length)

@@ -7,7 +7,7 @@ Scores are logits, so the honest blend is a mixture of the two distributions.
 import torch
 from torch import Tensor
 
-DOUBT = 0.3  # chance that a preference has nothing to do with what comes next
+DOUBT = 0.4  # chance that a preference has nothing to do with what comes next
 SHARE_WITHOUT = 0.2  # of the list's places, its last, kept for the history's own best
 
 

@@ -4,7 +4,7 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+from torch.nn import functional
 
 
 class Candidates:
@@ -21,7 +21,8 @@ class Candidates:
 
     def draw(self, targets: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """For targets `[n]`: candidate items `[m]`, each target's place among them `[n]`, and the
-        log of each candidate's chance of being drawn `[m]` (None: all items are candidates)."""
+        log of each candidate's chance of being drawn `[m]` (None: all items are candidates).
+        """
         if not self.sample:
             return torch.arange(self.n, device=targets.device), targets, None
         drawn = torch.randint(self.n, (self.sample,), device=targets.device)
@@ -40,6 +41,6 @@ def cross_entropy(logits: Tensor, place: Tensor, chance: Tensor | None) -> Tenso
     over its chance of being drawn, and the target, which is always drawn, counts once.
     """
     if chance is not None:
-        own = F.one_hot(place, logits.shape[1]).bool()
+        own = functional.one_hot(place, logits.shape[1]).bool()
         logits = logits - chance.expand_as(logits).masked_fill(own, 0.0)
-    return F.cross_entropy(logits, place)
+    return functional.cross_entropy(logits, place)

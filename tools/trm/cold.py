@@ -13,7 +13,8 @@ ALL = "all target values"  # the kind of preference that cold and warm items are
 def without_items(data: InteractionData, share: float, seed: int) -> InteractionData:
     """`data` less a random `share` of its items; users who are left with nothing go too.
 
-    Raises TRMError if no item or no interaction would be left."""
+    Raises TRMError if no item or no interaction would be left.
+    """
     n = len(data.items)
     kept = np.ones(n, dtype=bool)
     kept[np.random.default_rng(seed).permutation(n)[: max(1, round(share * n))]] = False
@@ -40,7 +41,8 @@ def known_rows(model: TRM, data: InteractionData) -> np.ndarray:
 
 def cold_rows(model: TRM, judge: Judge) -> dict[str, Row]:
     """How users whose target is warm, and those whose target is cold, find it by its attributes;
-    the catalog holds both. Empty if the data has no attributes."""
+    the catalog holds both. Empty if the data has no attributes.
+    """
     known = known_rows(model, judge.data)
     cold = known[judge.cases.targets] < 0
     if ALL not in judge.preferences:

@@ -16,14 +16,9 @@ from ..text_encoder import TextEncoder
 from .baselines import Markov, popularity
 from .blend import blend
 from .model import TRM
-from .preferences import (
-    HELD_OUT_TEMPLATES,
-    HELD_OUT_TITLE_TEMPLATES,
-    Vocabulary,
-    embed_preferences,
-    render,
-)
+from .preferences import HELD_OUT_TEMPLATES, HELD_OUT_TITLE_TEMPLATES, embed_preferences
 from .scoring import catalog_vectors, exclude, history_vectors, ndcg, recall
+from .vocabulary import Vocabulary, render
 
 LIST = 20  # items in the default list (METHOD.md: N)
 _TEMPLATE = "{name}: {}"
@@ -84,7 +79,11 @@ def preference_texts(
         own = vocabulary.items[target]
         wording = HELD_OUT_TEMPLATES[rng.integers(len(HELD_OUT_TEMPLATES))]
         one = own[rng.integers(len(own)) :][:1] if own else ()
-        add("from history", vocabulary.history_terms(history[-LIST:], _HISTORY_TERMS), _TEMPLATE)
+        add(
+            "from history",
+            vocabulary.history_terms(history[-LIST:].tolist(), _HISTORY_TERMS),
+            _TEMPLATE,
+        )
         add("one target value", one, _TEMPLATE)
         add("all target values", own, _TEMPLATE)
         add("one, unseen wording", one, wording)
@@ -101,9 +100,7 @@ def preference_texts(
         near = data.items[int(likeness.argmax())].title if len(data.items) > 1 else None
         wording = HELD_OUT_TITLE_TEMPLATES[rng.integers(len(HELD_OUT_TITLE_TEMPLATES))]
         texts.setdefault("its title", []).append(data.items[target].title)
-        texts.setdefault("similar title", []).append(
-            near and f"similar to {near}"
-        )
+        texts.setdefault("similar title", []).append(near and f"similar to {near}")
         texts.setdefault("similar, unseen wording", []).append(near and wording.format(near))
     return texts
 
@@ -123,6 +120,7 @@ class Judge:
         seed: int = 0,
     ):
         self.data, self.split, self.embeddings = data, split, embeddings
+        self.encoder_fingerprint = encoder.fingerprint
         self.cases = cases(split, which, users, seed)
         self.preferences: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         for kind, texts in preference_texts(data, self.cases, embeddings, seed=seed).items():
@@ -162,7 +160,8 @@ class Judge:
         """Users who have a preference of this kind (None: all, without one), on the default list.
 
         `known` `[items]` maps catalog rows to the model's (-1: not in training); `only` (bool
-        `[users]`) narrows the users."""
+        `[users]`) narrows the users.
+        """
         items = catalog_vectors(model, self.embeddings, known)
 
         def scores(at: slice, kind: str | None) -> Tensor:

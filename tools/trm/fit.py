@@ -172,7 +172,8 @@ class _Trainer:
         items = net.item_vectors(shown, self.text[shown])
         loss = cross_entropy(net.fuse(states, None, None) @ items.T, label, chance)
         if self.pool is not None:
-            rows = torch.as_tensor(self.wish_rows(batch, where, targets), device=device)
+            drawn = self.wish_rows(self.pool, batch, where, targets)
+            rows = torch.as_tensor(drawn, device=device)
             has = rows >= 0
             if bool(has.any()):
                 told, known = net.apart(states[has], items)
@@ -182,16 +183,17 @@ class _Trainer:
                 loss = loss + cross_entropy(users @ known.T, label[has], chance)
         return loss, len(targets)
 
-    def wish_rows(self, batch: Batch, where: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    def wish_rows(
+        self, pool: PreferencePool, batch: Batch, where: np.ndarray, targets: np.ndarray
+    ) -> np.ndarray:
         """A row of the pool for each learned position; -1 = no text fits."""
-        assert self.pool is not None
         mix, rng = self.training.mix, self.rng
-        rows = self.pool.for_targets(targets, rng)
+        rows = pool.for_targets(targets, rng)
         drawn = (
-            (mix.history, self.pool.for_histories(batch.history, batch.lengths, rng)[where]),
+            (mix.history, pool.for_histories(batch.history, batch.lengths, rng)[where]),
             # Someone else's wish: what would describe another target of the batch.
-            (mix.unrelated, self.pool.for_targets(rng.permutation(targets), rng)),
-            (mix.title, self.pool.for_titles(targets, rng)),
+            (mix.unrelated, pool.for_targets(rng.permutation(targets), rng)),
+            (mix.title, pool.for_titles(targets, rng)),
         )
         chance, low = rng.random(len(targets)), 0.0
         for share, other in drawn:
@@ -231,7 +233,8 @@ class _Weights:
     """The model's weights while they are learned: optimizer, schedule, running average.
 
     In a sampled step few rows of the item tables have a gradient: with `sparse` only those are
-    touched, by a sparse optimizer, and the tables are left out of the average."""
+    touched, by a sparse optimizer, and the tables are left out of the average.
+    """
 
     def __init__(self, model: TRM, training: FitConfig, *, sparse: bool):
         self.model, self.training = model, training
@@ -239,7 +242,7 @@ class _Weights:
         if sparse:
             for table in model.net.tables:
                 table.sparse = True
-                tables.append(table.weight)
+                tables += table.parameters()
         named = {id(table) for table in tables}
         self.dense = [p for p in model.parameters() if id(p) not in named]
         self.optimizers: list[torch.optim.Optimizer] = [
@@ -263,7 +266,7 @@ class _Weights:
             optimizer.zero_grad(set_to_none=True)
             for group in optimizer.param_groups:
                 group["lr"] = training.learning_rate * max(rate, 1e-3)
-        loss.backward()
+        torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(self.dense, 5.0)
         for optimizer in self.optimizers:
             optimizer.step()

@@ -12,7 +12,7 @@ import torch
 from scipy.sparse import csr_array
 from scipy.sparse.linalg import svds
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 from .config import DeepRecConfig
 
@@ -33,6 +33,7 @@ class CausalLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
+        """`[B, L, dim]` to the same; position t reads positions 0..t."""
         length = x.shape[1]
         lag = torch.arange(length, device=x.device)
         lag = lag[:, None] - lag[None]
@@ -42,9 +43,10 @@ class CausalLayer(nn.Module):
             for part in self.qkv(self.norm1(x)).chunk(3, dim=-1)
         )
         p = self.dropout.p if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=p)
+        mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=p)
         x = x + self.dropout(self.out(mixed.transpose(1, 2).flatten(2)))
-        return x + self.dropout(self.outer(F.gelu(self.inner(self.norm2(x)))))
+        fed: Tensor = self.dropout(self.outer(functional.gelu(self.inner(self.norm2(x)))))
+        return fed + x
 
 
 def _mlp(inputs: int, inner: int, outputs: int, dropout: float) -> nn.Sequential:
@@ -54,6 +56,8 @@ def _mlp(inputs: int, inner: int, outputs: int, dropout: float) -> nn.Sequential
 
 
 class DeepRecNet(nn.Module):
+    """User and item vectors in four blocks: history, transitions, popularity, preference."""
+
     causal = True  # every position's state may be trained on
 
     def __init__(self, config: DeepRecConfig, n_items: int):
@@ -84,12 +88,14 @@ class DeepRecNet(nn.Module):
         self.query = _mlp(config.text_dim, 4 * p, p, 0.1)
         self.profile = nn.Linear(config.text_dim, p)
         self.gate = _mlp(4 * p + d, p, p + 3, 0.1)
-        nn.init.zeros_(self.gate[-1].weight)
-        nn.init.zeros_(self.gate[-1].bias)
+        # The gate starts neutral.
+        for parameter in self.gate[-1].parameters():
+            nn.init.zeros_(parameter)
 
     def start_from_transitions(self, lift: csr_array) -> None:
         """Let the transition block begin as a truncated SVD of counted transitions `[items,
-        items]`: on small data, counting beats learning from nothing."""
+        items]`: on small data, counting beats learning from nothing.
+        """
         d, t, _ = self.blocks
         rank = min(t, min(lift.shape) - 1)
         if not self.config.transition_start or rank < 1 or not lift.nnz:
@@ -106,23 +112,28 @@ class DeepRecNet(nn.Module):
         return torch.cat([self.text_in(text), self.profile(text)], dim=-1)
 
     def item_vectors(self, index: Tensor, text: Tensor) -> Tensor:
-        own = self.target(index.clamp_min(0)) * (index >= 0)[:, None]
+        """`[m, dim]`; an item without an ID embedding has its text part alone."""
+        own: Tensor = self.target(index.clamp_min(0)) * (index >= 0)[:, None]
         if self.training:
             keep = torch.rand(len(index), 1, device=index.device) >= self.config.item_dropout
             own = own * keep
-        return torch.cat([self.text_history(text), self.text_preference(text)], dim=-1) + own
+        told = torch.cat([self.text_history(text), self.text_preference(text)], dim=-1)
+        return own + told
 
     def apart(self, states: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
         """States and item vectors as the loss under a preference sees them: what they say of the
         history is given, so that learning to follow a preference can't disturb it.
         """
-        d, t, p = self.blocks
+        d, t, _ = self.blocks
         told = [states[..., : d + t].detach(), states[..., d + t :]]
         known = [items[:, : d + t + 1].detach(), items[:, d + t + 1 :]]
         return torch.cat(told, dim=-1), torch.cat(known, dim=-1)
 
     def states(self, history: Tensor, text: Tensor, lengths: Tensor) -> Tensor:
-        d, t, p = self.blocks
+        """`[B, L]` items and their `text_features` to states `[B, L, …]`: what the sequence says,
+        what follows its last items, and the mean of its texts.
+        """
+        d = self.config.dim
         length = history.shape[1]
         valid = torch.arange(length, device=history.device)[None] < lengths[:, None]
         has_id = (valid & (history >= 0))[..., None]
@@ -140,8 +151,9 @@ class DeepRecNet(nn.Module):
         return torch.cat([h, moved, seen / count], dim=-1)
 
     def fuse(self, state: Tensor, preference: Tensor | None, has: Tensor | None) -> Tensor:
-        d, t, p = self.blocks
-        h, moved, profile = state.split((d, t, p), dim=-1)
+        """States `[n, …]` and preference embeddings `[n, text_dim]` to user vectors."""
+        p = self.config.preference_dim
+        h, moved, profile = torch.split(state, list(self.blocks), dim=-1)
         ones = state.new_ones(len(state), 1)
         if preference is None:
             return torch.cat([h, moved, ones, state.new_zeros(len(state), p)], dim=-1)

@@ -7,7 +7,7 @@ read by a bidirectional transformer; the preference is added to the last state.
 import torch
 from scipy.sparse import csr_array
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn import functional
 
 from .config import PaperConfig
 
@@ -26,9 +26,10 @@ class ExpertAdaptor(nn.Module):
         self.shape = (experts, dim)
 
     def forward(self, text: Tensor) -> Tensor:
+        """Each text by its own mixture of experts."""
         logits = text @ self.gate
         if self.training:
-            spread = F.softplus(text @ self.noise) + 1e-2
+            spread = functional.softplus(text @ self.noise) + 1e-2
             logits = logits + torch.randn_like(logits) * spread
         mixed = self.experts(self.dropout(text)).unflatten(-1, self.shape)
         return torch.einsum("...e,...ed->...d", logits.softmax(-1), mixed)
@@ -47,12 +48,14 @@ class ContextualConvolution(nn.Module):
         self.text_gate = nn.Linear(dim, dim)
 
     def forward(self, ids: Tensor, text: Tensor) -> Tensor:
+        """Both streams, each through a gate of its own, as one `[B, L, dim]`."""
         id_spectrum = torch.fft.rfft(ids, dim=1, norm="ortho")
         text_spectrum = torch.fft.rfft(text, dim=1, norm="ortho")
         filtered = id_spectrum * torch.view_as_complex(self.filter)
         a = torch.fft.irfft(filtered, n=self.length, dim=1, norm="ortho")
         b = torch.fft.irfft(text_spectrum * id_spectrum, n=self.length, dim=1, norm="ortho")
-        return 2 * (a * torch.sigmoid(self.id_gate(a)) + b * torch.sigmoid(self.text_gate(b)))
+        gated: Tensor = a * torch.sigmoid(self.id_gate(a)) + b * torch.sigmoid(self.text_gate(b))
+        return 2 * gated
 
 
 class PaperNet(nn.Module):
@@ -84,7 +87,9 @@ class PaperNet(nn.Module):
         """The paper's model starts at random."""
 
     def text_features(self, text: Tensor) -> Tensor:
-        return self.adaptor(text)
+        """Adapted texts `[…, dim]`."""
+        adapted: Tensor = self.adaptor(text)
+        return adapted
 
     def item_vectors(self, index: Tensor, text: Tensor) -> Tensor:
         """An item without an ID embedding is stood in for by its adapted text."""
@@ -92,20 +97,21 @@ class PaperNet(nn.Module):
         unknown = index < 0
         if bool(unknown.any()):
             known = torch.where(unknown[:, None], self.text_features(text), known)
-        return F.normalize(known, dim=-1)
+        return functional.normalize(known, dim=-1)
 
     def states(self, history: Tensor, text: Tensor, lengths: Tensor) -> Tensor:
         """`[B, L]` items and their `text_features` to states `[B, L, dim]`."""
         length = self.config.history_length
         short = length - history.shape[1]
-        history = F.pad(history, (0, short), value=-1)
-        text = F.pad(text, (0, 0, 0, short))
+        history = functional.pad(history, (0, short), value=-1)
+        text = functional.pad(text, (0, 0, 0, short))
         valid = torch.arange(length, device=history.device)[None] < lengths[:, None]
         has_id = (valid & (history >= 0))[..., None]
         ids = self.item_embedding(history.clamp_min(0)) * has_id
         x = self.fusion(ids, text * valid[..., None]) + self.position.weight
         x = self.dropout(self.input_norm(x))
-        return self.encoder(x, src_key_padding_mask=~valid)
+        read: Tensor = self.encoder(x, src_key_padding_mask=~valid)
+        return read
 
     def apart(self, states: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
         """Here history and preference are learned together."""
@@ -116,4 +122,4 @@ class PaperNet(nn.Module):
         if preference is not None:
             query = self.text_features(preference)
             state = state + (query if has is None else query * has[:, None])
-        return F.normalize(self.user_norm(state), dim=-1) / self.config.temperature
+        return functional.normalize(self.user_norm(state), dim=-1) / self.config.temperature

@@ -1,19 +1,16 @@
 """Preferences to train on: texts an LLM could have written, made from item attributes alone.
 
-Nothing here knows a data set. Attributes are read as they come: years become decades, values that
-nearly every item or only one item has are left out. A pool of texts is embedded once, before
-training; a step then only draws rows of it.
+A pool of texts is embedded once, before training; a step then only draws rows of it.
 """
 
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from ..interactions import Item
 from ..text_encoder import TextEncoder
+from .vocabulary import Vocabulary, render
 
 # Wordings of training: an opening, the phrases, a close, and sometimes a phrase that says nothing.
 _PLAIN = ("{}", "{}", "{name}: {}", "{name}: {}")
@@ -35,6 +32,16 @@ _OPENINGS = (
     "focus on ",
     "has watched or bought a lot of ",
     "now: ",
+    "the person asks for ",
+    "this evening: ",
+    "what about ",
+    "my next one should be ",
+    "could be ",
+    "give me the best ",
+    "leaning towards ",
+    "tends to choose ",
+    "tired of the usual, wants ",
+    "it should have ",
 )
 _CLOSES = (
     "",
@@ -49,6 +56,14 @@ _CLOSES = (
     " for the weekend",
     " themes",
     " classics",
+    ", suggestions welcome",
+    ", if possible",
+    " as before, or close to it",
+    " to try",
+    " worth the time",
+    " favourites",
+    " that people talk about",
+    " at its best",
 )
 _FILLERS = (
     "well made",
@@ -63,6 +78,14 @@ _FILLERS = (
     "fast paced",
     "for the whole family",
     "something new",
+    "praised by critics",
+    "in keeping with past choices",
+    "a change of pace",
+    "light and short",
+    "dark and slow",
+    "thoughtful",
+    "not too long",
+    "a hidden gem",
 )
 # Wordings that are kept out of training: only evaluation uses them.
 HELD_OUT_TEMPLATES = (
@@ -75,11 +98,8 @@ HELD_OUT_TEMPLATES = (
 TITLE_TEMPLATES = ("similar to {}", "{}", "like {}", "{}; something similar", "fans of {}")
 HELD_OUT_TITLE_TEMPLATES = ("in the vein of {}", "reminds me of {}")
 
-_MAX_TERMS = 400  # attribute values that are used, most frequent first
 _MAX_GROUPS = 4000  # distinct attribute signatures with texts of their own
 _CUTS = (1, 2, 3)  # a history preference names this many values
-_DECADE = re.compile(r"\d{3}0s")
-_YEAR = re.compile(r"(1[5-9]|20)\d\d")
 
 
 def embed_preferences(encoder: TextEncoder, texts: Sequence[str]) -> np.ndarray:
@@ -87,86 +107,6 @@ def embed_preferences(encoder: TextEncoder, texts: Sequence[str]) -> np.ndarray:
     unique = list(dict.fromkeys(texts))
     row = {text: n for n, text in enumerate(unique)}
     return encoder.encode_queries(unique)[[row[text] for text in texts]]
-
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """Attribute values that say something, and which item has which.
-
-    `primary` is the attribute that describes items best (a genre or category); its values come
-    first in `terms`. `items[i]` and `extras[i]` are indices into `terms`: the item's primary
-    values, and the others (decade, brand …).
-    """
-
-    primary: str
-    terms: tuple[tuple[str, str], ...]  # (attribute name, phrase)
-    items: tuple[tuple[int, ...], ...]
-    extras: tuple[tuple[int, ...], ...]
-
-    @classmethod
-    def build(cls, items: Sequence[Item]) -> "Vocabulary":
-        phrases = [
-            {name: _phrases(values) for name, values in item.attributes.items() if values}
-            for item in items
-        ]
-        counts: dict[str, Counter[str]] = {}
-        for row in phrases:
-            for name, values in row.items():
-                counts.setdefault(name, Counter()).update(values)
-        kept: dict[str, dict[str, int]] = {}
-        for name, counter in counts.items():
-            useful = {v: c for v, c in counter.items() if 2 <= c <= 0.9 * len(items)}
-            # A value per item is an identifier or a number, not a description.
-            if len(useful) >= 2 and sum(useful.values()) >= 5 * len(useful):
-                kept[name] = useful
-        if not kept:
-            empty = tuple(() for _ in items)
-            return cls("", (), empty, empty)
-        # Many values per item and wide coverage make a description; a year is never the first.
-        primary = max(
-            kept,
-            key=lambda name: (not _dated(kept[name]), _richness(phrases, name, kept[name]), name),
-        )
-        order = [
-            (name, value)
-            for name in sorted(kept, key=lambda name: (name != primary, name))
-            for value, _ in sorted(kept[name].items(), key=lambda pair: (-pair[1], pair[0]))
-        ][:_MAX_TERMS]
-        index = {term: n for n, term in enumerate(order)}
-
-        def rows(wanted: Callable[[str], bool]) -> tuple[tuple[int, ...], ...]:
-            return tuple(
-                tuple(
-                    index[name, value]
-                    for name, values in row.items()
-                    if wanted(name)
-                    for value in values
-                    if (name, value) in index
-                )
-                for row in phrases
-            )
-
-        return cls(
-            primary,
-            tuple(order),
-            rows(lambda name: name == primary),
-            rows(lambda name: name != primary),
-        )
-
-    def phrases(self, terms: Sequence[int]) -> list[str]:
-        return [self.terms[term][1] for term in terms]
-
-    def history_terms(self, history: Sequence[int], count: int) -> tuple[int, ...]:
-        """The most frequent primary values among the items of a history, most frequent first."""
-        seen = Counter(term for item in history for term in self.items[item])
-        return tuple(sorted(seen, key=lambda term: (-seen[term], term))[:count])
-
-
-def render(
-    vocabulary: Vocabulary, terms: Sequence[int], template: str, *, joint: str = "; "
-) -> str:
-    """A preference text: `render(v, terms, "{name}: {}")` gives e.g. "genres: Comedy; Drama"."""
-    return template.format(joint.join(vocabulary.phrases(terms)), name=vocabulary.primary)
 
 
 class PreferencePool:
@@ -194,7 +134,7 @@ class PreferencePool:
         self._row: dict[str, int] = {}
         count = sum(name == self.vocabulary.primary for name, _ in self.vocabulary.terms)
         # Row i says which primary values item i has; the last row is for padding.
-        self._hot = np.zeros((len(items) + 1, max(count, max(_CUTS))), dtype=np.int8)
+        self._hot = np.zeros((len(items) + 1, max(count, *_CUTS)), dtype=np.int8)
         for item, terms in enumerate(self.vocabulary.items):
             self._hot[item, list(terms)] = 1
         self._make_targets(size // 2)
@@ -238,7 +178,7 @@ class PreferencePool:
 
     def _word(self, terms: Sequence[int]) -> str:
         rng = self._rng
-        names = [t for t in terms]
+        names = list(terms)
         if rng.random() < 0.3:
             rng.shuffle(names)
         joint = ("; ", "; ", ", ", " and ")[rng.integers(4)]
@@ -249,7 +189,7 @@ class PreferencePool:
         rng = self._rng
 
         def one(choices: Sequence[str]) -> str:
-            return choices[rng.integers(len(choices))]
+            return choices[int(rng.integers(len(choices)))]
 
         if rng.random() < 0.3:
             return one(_PLAIN)
@@ -266,7 +206,7 @@ class PreferencePool:
             keep = rng.integers(1, len(chosen))
             chosen = [chosen[n] for n in sorted(rng.permutation(len(chosen))[:keep])]
         if extras and (not chosen or rng.random() < 0.2):
-            extra = extras[rng.integers(len(extras))]
+            extra = extras[int(rng.integers(len(extras)))]
             chosen = [extra] if rng.random() < 0.15 else [*chosen, extra]
         return chosen
 
@@ -327,7 +267,9 @@ class PreferencePool:
         """The set of most frequent terms at each position as one integer for each cut."""
         batch, length = windows.shape
         valid = np.arange(length)[None] < lengths[:, None]
-        seen = self._hot[np.where(valid, windows, len(self._hot) - 1)].cumsum(axis=1, dtype=np.int32)
+        seen = self._hot[np.where(valid, windows, len(self._hot) - 1)].cumsum(
+            axis=1, dtype=np.int32
+        )
         # Ties go to the term that is more frequent in the catalog (the lower index).
         top = np.argsort(-seen, axis=2, kind="stable")[:, :, : max(_CUTS)]
         has = np.take_along_axis(seen, top, axis=2) > 0
@@ -346,7 +288,7 @@ class PreferencePool:
             picked = [picked[n] for n in self._rng.permutation(len(picked))[:20_000]]
         seen: Counter[int] = Counter()
         for start in range(0, len(picked), 256):
-            rows = []
+            rows: list[np.ndarray] = []
             for sequence in picked[start : start + 256]:
                 rows.extend(sequence[at : at + length] for at in range(0, len(sequence), length))
             windows, lengths = pad(rows, length)
@@ -384,19 +326,3 @@ def _draw(rows: np.ndarray, group: np.ndarray, rng: np.random.Generator) -> np.n
         return np.full(group.shape, -1, dtype=np.int64)
     drawn = rows[np.maximum(group, 0), rng.integers(rows.shape[1], size=group.shape)]
     return np.where(group < 0, -1, drawn)
-
-
-def _phrases(values: Sequence[str]) -> tuple[str, ...]:
-    return tuple(f"{v[:3]}0s" if _YEAR.fullmatch(v) else v for v in values if v.strip())
-
-
-def _dated(values: Iterable[str]) -> bool:
-    return all(_DECADE.fullmatch(value) for value in values)
-
-
-def _richness(
-    phrases: Sequence[dict[str, tuple[str, ...]]], name: str, useful: dict[str, int]
-) -> float:
-    several = sum(len(row.get(name, ())) > 1 for row in phrases)
-    covered = sum(any(v in useful for v in row.get(name, ())) for row in phrases)
-    return (covered + 2 * several) / max(len(phrases), 1)

@@ -1,76 +1,29 @@
-"""Runs of several variants and seeds: what was fitted, how good it is, the table and the card.
+"""What a run of several variants and seeds is worth: the table, for people, README and program.
 
-A run's folder holds `<variant>/seed-<n>/` checkpoints, each with a fit.json beside its weights.
-`evaluate_run` needs nothing else, so the table can be made again at any time.
+`evaluate_folder` is what `deeprec eval-trm` does; it needs nothing but the run's folder.
 """
 
-import json
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean, pstdev
 
-from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.console import Console
 from rich.table import Table
 
 from ...errors import TRMError
-from ..interactions import InteractionData
-from .cold import cold_rows
-from .config import FitConfig, TRMConfig
+from ..interactions import InteractionData, leave_one_out, statistics
+from ..text_encoder import TextEncoder, item_embeddings
+from .cold import cold_rows, without_items
 from .evaluate import Judge, Row
 from .model import TRM
+from .record import FitRecord, Frozen, RunSource, model_card, write_text
 
-_RECORD = "fit.json"
-_MEASURED = {"prepare_seconds", "fit_seconds", "examples"}
-
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+_CARD = "README.md"
+_FACTS = ("users", "items", "interactions", "density", "mean_length", "median_length")
+_HEAD = ("variant", "preference", "users", "NDCG@10", "Recall@10", "Recall@20")
 
 
-class FitRecord(_Frozen):
-    """What one checkpoint was fitted with, and what that took."""
-
-    variant: str
-    seed: int
-    dataset: str  # fingerprint of the whole data set
-    encoder: str  # fingerprint
-    cold_share: float
-    model: TRMConfig
-    training: FitConfig
-    prepare_seconds: float = 0.0  # embedding the preference texts; 0 where an earlier fit's served
-    fit_seconds: float = 0.0  # training and validation
-    examples: int = 0  # targets learned
-
-    @classmethod
-    def read(cls, folder: Path) -> "FitRecord | None":
-        """The record of a finished fit; None if there is none. Raises TRMError on a damaged one."""
-        path = folder / _RECORD
-        if not path.is_file():
-            return None
-        try:
-            return cls.model_validate_json(path.read_text())
-        except ValidationError as error:
-            raise TRMError(
-                f"{path} is damaged: {error}. Remove {folder} and run again."
-            ) from error
-
-    def write(self, folder: Path) -> None:
-        """Mark the checkpoint in `folder` as finished."""
-        beside = folder / f"{_RECORD}.part"
-        beside.write_text(self.model_dump_json(indent=2) + "\n")
-        os.replace(beside, folder / _RECORD)
-
-    def differences(self, other: "FitRecord") -> list[str]:
-        """Names of the fields that differ, other than what was measured or set by the fit."""
-        mine, theirs = (_flat(r.model_dump(exclude=_MEASURED)) for r in (self, other))
-        given_by_fit = {"model.text_dim", "model.encoder_fingerprint", "model.dataset_fingerprint"}
-        keys = (mine.keys() | theirs.keys()) - given_by_fit
-        return sorted(key for key in keys if mine.get(key) != theirs.get(key))
-
-
-class Line(_Frozen):
+class Line(Frozen):
     """A row of the table over seeds: mean and standard deviation (0 for one seed)."""
 
     variant: str
@@ -81,58 +34,76 @@ class Line(_Frozen):
     recall10: tuple[float, float]
     recall20: tuple[float, float]
 
+    def cells(self) -> tuple[str, ...]:
+        """The row in words, in the order of the table's head."""
+        measured = (self.ndcg10, self.recall10, self.recall20)
+        shown = (_show(value, self.seeds) for value in measured)
+        return (self.variant, self.row, f"{self.users:.0f}", *shown)
 
-class RunResults(_Frozen):
-    """What a run's folder was measured to be worth."""
+
+class RunResults(Frozen):
+    """What a run's folder, or one model, was measured to be worth."""
 
     dataset: str
-    statistics: dict[str, float]
+    statistics: dict[str, int | float | str]
     lines: tuple[Line, ...]
     fit_seconds: dict[str, tuple[float, float]]  # variant -> mean, standard deviation
     examples_per_second: dict[str, tuple[float, float]]
 
 
-def statistics(data: InteractionData) -> dict[str, float]:
-    """Users, items, interactions, interactions per user, density."""
-    users, items, n = len(data.user_ids), len(data.items), len(data.users)
-    return {
-        "users": users,
-        "items": items,
-        "interactions": n,
-        "interactions per user": round(n / users, 1),
-        "density": round(n / (users * items), 5),
-    }
+def evaluate_folder(
+    folder: Path,
+    *,
+    data: Path | None = None,
+    encoder: str | None = None,
+    device: str = "cpu",
+    progress: Callable[[str], None] | None = None,
+) -> RunResults:
+    """Judge every finished checkpoint of a run; write results.json, table.md and model cards.
+
+    `data` and `encoder` say where the data set and the sentence encoder are now, if not where
+    the run had them. `progress` is told what is judged next. Raises TRMError if there is no
+    checkpoint or one of another data set or encoder, DataError and EncoderError.
+    """
+    folder = Path(folder)
+    source = RunSource.read(folder)
+    given = InteractionData.load(data or source.data)
+    reader = TextEncoder(encoder or source.encoder, device=device)
+    embeddings = item_embeddings(reader, given.items, folder / "cache")
+    judge = Judge(given, leave_one_out(given), embeddings, reader)
+    results = evaluate_run(folder, judge, progress=progress)
+    write_text(folder / "results.json", results.model_dump_json(indent=2) + "\n")
+    write_text(folder / "table.md", f"{statistics_table(results)}\n{markdown_table(results)}")
+    for path, record in FitRecord.read_all(folder):
+        fitted = given
+        if record.cold_share:
+            fitted = without_items(given, record.cold_share, record.seed)
+        own = _table([line for line in results.lines if line.variant == record.variant])
+        write_text(path / _CARD, model_card(record, fitted, source.encoder, own))
+    return results
 
 
 def evaluate_run(
     folder: Path, judge: Judge, *, progress: Callable[[str], None] | None = None
 ) -> RunResults:
-    """Judge every finished checkpoint of a run. `progress` is told what is judged next.
-
-    Raises TRMError if there is no checkpoint, or one of another data set."""
-    records: list[tuple[Path, FitRecord]] = []
-    for path in sorted(Path(folder).glob(f"*/seed-*/{_RECORD}")):
-        record = FitRecord.read(path.parent)
-        assert record is not None
-        if record.dataset != judge.data.fingerprint:
-            raise TRMError(
-                f"the checkpoint in {path.parent} belongs to another data set: it was trained on "
-                f"{record.dataset}, this one has {judge.data.fingerprint}. Evaluate it on the "
-                "data that it was trained on, or train again."
-            )
-        records.append((path.parent, record))
+    """Judge every finished checkpoint of a run. Raises TRMError, as `evaluate_folder` does."""
+    records = FitRecord.read_all(folder)
     if not records:
         raise TRMError(
-            f"no finished TRM run in {folder}. Make one with "
+            f"no finished fit in {folder}. Make one with "
             "`python training/run_trm.py --config training/configs/trm_ml100k.yaml`."
         )
     table: dict[tuple[str, str], list[Row]] = {}
-    for name, row in judge.baselines().items():
-        table["baseline", name] = [row]
     for path, record in records:
+        if record.dataset != judge.data.fingerprint:
+            raise TRMError(
+                f"the checkpoint in {path} belongs to another data set: it was trained on "
+                f"{record.dataset}, this one has {judge.data.fingerprint}. Evaluate it on the "
+                "data that it was trained on, or train again."
+            )
         if progress is not None:
             progress(f"{record.variant}, seed {record.seed}")
-        model = TRM.from_pretrained(path, encoder_fingerprint=record.encoder)
+        model = TRM.from_pretrained(path, encoder_fingerprint=judge.encoder_fingerprint)
         if record.cold_share:
             rows = cold_rows(model, judge)
         elif record.training.preferences:
@@ -141,8 +112,56 @@ def evaluate_run(
             rows = {"absent": judge.row(model, None)}
         for name, row in rows.items():
             table.setdefault((record.variant, name), []).append(row)
+    return _results(judge, table, [record for _, record in records])
+
+
+def evaluate_model(model: TRM, judge: Judge) -> RunResults:
+    """Judge one model, such as a workspace's."""
+    table: dict[tuple[str, str], list[Row]] = {
+        (model.config.name, name): [row] for name, row in judge.rows(model).items()
+    }
+    return _results(judge, table, [])
+
+
+def print_table(results: RunResults, console: Console) -> None:
+    """The table for people."""
+    facts = ", ".join(f"{results.statistics[name]:,} {name}" for name in _FACTS[:3])
+    console.print(f"[bold]{results.dataset}[/bold]: {facts}")
+    table = Table(*_HEAD)
+    for line in results.lines:
+        table.add_row(*line.cells())
+    console.print(table)
+    for variant, (seconds, _) in results.fit_seconds.items():
+        speed = results.examples_per_second[variant][0]
+        console.print(f"{variant}: fitted in {seconds:.0f} s, {speed:,.0f} examples a second")
+
+
+def markdown_table(results: RunResults) -> str:
+    """The same table for a README."""
+    return _table(results.lines)
+
+
+def statistics_table(results: RunResults) -> str:
+    """The data set's row of a README's table."""
+    head = "".join(f"| {name.replace('_', ' ')} " for name in _FACTS)
+    facts = [results.statistics[name] for name in _FACTS]
+    cells = [f"{fact:,.4g}" if isinstance(fact, float) else f"{fact:,}" for fact in facts]
+    rows = (f"| data {head}|", "| --- " * (len(_FACTS) + 1) + "|")
+    return "\n".join([*rows, f"| {' | '.join([results.dataset, *cells])} |"]) + "\n"
+
+
+def _table(lines: Sequence[Line]) -> str:
+    rows = [f"| {' | '.join(_HEAD)} |", "| --- " * len(_HEAD) + "|"]
+    rows += [f"| {' | '.join(line.cells())} |" for line in lines]
+    return "\n".join(rows) + "\n"
+
+
+def _results(
+    judge: Judge, table: dict[tuple[str, str], list[Row]], records: Sequence[FitRecord]
+) -> RunResults:
+    everything = {("baseline", name): [row] for name, row in judge.baselines().items()} | table
     by_variant: dict[str, list[FitRecord]] = {}
-    for _, record in records:
+    for record in records:
         by_variant.setdefault(record.variant, []).append(record)
     return RunResults(
         dataset=judge.data.name,
@@ -157,7 +176,7 @@ def evaluate_run(
                 recall10=_spread([row.recall10 for row in rows]),
                 recall20=_spread([row.recall20 for row in rows]),
             )
-            for (variant, name), rows in table.items()
+            for (variant, name), rows in everything.items()
         ),
         fit_seconds={v: _spread([r.fit_seconds for r in rs]) for v, rs in by_variant.items()},
         examples_per_second={
@@ -167,75 +186,9 @@ def evaluate_run(
     )
 
 
-def print_table(results: RunResults, console: Console) -> None:
-    """The table for people."""
-    facts = ", ".join(f"{value:g} {name}" for name, value in results.statistics.items())
-    console.print(f"[bold]{results.dataset}[/bold]: {facts}")
-    table = Table("variant", "preference", "users", "NDCG@10", "Recall@10", "Recall@20")
-    for line in results.lines:
-        numbers = [_show(value, line.seeds) for value in (line.ndcg10, line.recall10, line.recall20)]
-        table.add_row(line.variant, line.row, f"{line.users:.0f}", *numbers)
-    console.print(table)
-    for variant, (seconds, _) in results.fit_seconds.items():
-        speed = results.examples_per_second[variant][0]
-        console.print(f"{variant}: fitted in {seconds:.0f} s, {speed:.0f} examples a second")
-
-
-def markdown_table(results: RunResults) -> str:
-    """The same table for a README."""
-    rows = ["| variant | preference | NDCG@10 | Recall@10 | Recall@20 |", "| --- " * 5 + "|"]
-    for line in results.lines:
-        numbers = [_show(value, line.seeds) for value in (line.ndcg10, line.recall10, line.recall20)]
-        rows.append(f"| {line.variant} | {line.row} | {' | '.join(numbers)} |")
-    return "\n".join(rows) + "\n"
-
-
-def model_card(record: FitRecord, data: InteractionData) -> str:
-    """README.md of a checkpoint, with the hub's metadata at its head."""
-    facts = ", ".join(f"{value:g} {name}" for name, value in statistics(data).items())
-    speed = record.examples / record.fit_seconds if record.fit_seconds else 0.0
-    return f"""---
-library_name: deeprec
-tags: [recommendation, sequential-recommendation, retrieval]
----
-# Preference-aware recommendation model, `{record.model.name}`
-
-Given a history and a preference in words, it retrieves items by the inner product of a user
-vector and an item vector. Items that were not in training are found by their text.
-
-- Data: {data.name} ({facts}), fingerprint `{record.dataset}`.
-- Sentence encoder: fingerprint `{record.encoder}`, {record.model.text_dim} wide.
-- Variant `{record.variant}`, seed {record.seed}; {record.cold_share:.0%} of the items held out.
-- Fitted on {record.examples} targets in {record.fit_seconds:.0f} s ({speed:.0f} a second).
-
-```python
-from deeprec.tools.trm.model import TRM
-
-model = TRM.from_pretrained("this folder or repository")
-```
-
-It knows the tastes of the people in its data, no others. Popular items are recommended more often
-than their share. A preference that contradicts the history is followed.
-
-Configuration of the fit:
-```json
-{json.dumps(record.training.model_dump(), indent=2)}
-```
-"""
-
-
 def _spread(values: list[float]) -> tuple[float, float]:
     return (fmean(values), pstdev(values)) if values else (0.0, 0.0)
 
 
 def _show(value: tuple[float, float], seeds: int) -> str:
     return f"{value[0]:.3f}" + (f" ± {value[1]:.3f}" if seeds > 1 else "")
-
-
-def _flat(value: object, prefix: str = "") -> dict[str, object]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    flat: dict[str, object] = {}
-    for key, inner in value.items():
-        flat.update(_flat(inner, f"{prefix}.{key}" if prefix else str(key)))
-    return flat

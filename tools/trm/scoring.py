@@ -70,7 +70,7 @@ def exclude(scores: Tensor, histories: Sequence[np.ndarray], targets: np.ndarray
     scores = scores.clone()
     for row, (history, target) in enumerate(zip(histories, targets, strict=True)):
         keep = scores[row, int(target)].item()
-        scores[row, torch.as_tensor(np.asarray(history), dtype=torch.long)] = float("-inf")
+        scores[row, torch.tensor(np.asarray(history), dtype=torch.long)] = float("-inf")
         scores[row, int(target)] = keep
     return scores
 
