@@ -13,6 +13,9 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
 
 from ..errors import DataError
 from .amazon_reviews import detect_amazon, load_amazon_2018, load_amazon_2023
@@ -42,7 +45,8 @@ def load(
 ) -> InteractionData:
     """Read a data set. `format` is a key of FORMATS, or "auto" to tell it from the files.
 
-    `options` are those of the format's own function; `name` defaults to the file's or folder's.
+    `options` are those of the format's own function, also as text, as a command line gives them
+    (a sequence as "a,b"); `name` defaults to the file's or folder's.
     Raises DataError with file, row and remedy for whatever can't be read.
     """
     path = Path(path)
@@ -56,10 +60,24 @@ def load(
         raise DataError(
             f"format {format} has no option {unknown[0]!r}. Its options: {', '.join(known)}."
         )
-    data = loader(path, name=name, **options)
+    hints = get_type_hints(loader)
+    typed = {option: _typed(option, value, hints[option]) for option, value in options.items()}
+    data = loader(path, name=name, **typed)
     counts = len(data.user_ids), len(data.items), len(data.users)
     logger.info("%s: %d users, %d items, %d interactions", data.name, *counts)
     return data
+
+
+def _typed(option: str, value: object, hint: Any) -> object:
+    """An option's value as its loader wants it. Raises DataError."""
+    wants_sequence = "Sequence" in str(hint)
+    if isinstance(value, str) and wants_sequence:
+        value = [part.strip() for part in value.split(",")]
+    try:
+        typed: object = TypeAdapter(hint).validate_python(value)
+    except ValidationError as error:
+        raise DataError(f"option {option}: {error.errors()[0]['msg']} (got {value!r}).") from error
+    return typed
 
 
 def detect_format(path: Path | str) -> str:

@@ -620,6 +620,25 @@ def test_detection_needs_one_answer(atomic: Path, movielens: Path, tmp_path: Pat
         detect_format(tmp_path / "prepared")
 
 
+def test_options_may_come_as_text(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text("user_id,item_id,timestamp,rating\nu,a,1,4\nu,b,2,1\n")
+    (tmp_path / "items.csv").write_text("item_id,title,kind,mood\na,A,x,dark\nb,B,y,light\n")
+    data = load(
+        tmp_path / "log.csv",
+        items=str(tmp_path / "items.csv"),
+        min_rating="3",
+        attributes="kind, mood",
+    )
+    assert [item.attributes for item in data.items] == [{"kind": ("x",), "mood": ("dark",)}]
+    with pytest.raises(DataError, match=r"option min_rating: .*number.*'many'"):
+        load(tmp_path / "log.csv", min_rating="many")
+
+
+def test_a_folder_with_other_json_is_told_by_its_names(atomic: Path) -> None:
+    (atomic / "about.json").write_text('{\n "not": "reviews"\n}\n')
+    assert detect_format(atomic) == "recbole"
+
+
 def test_unknown_format_and_option(atomic: Path) -> None:
     with pytest.raises(DataError, match=r"unknown data format 'csv'\. Known: recbole"):
         load(atomic, "csv")
