@@ -110,8 +110,6 @@ class VLLMEngine(Engine):
         return self._loop.submit(self._generate(request))
 
     async def _generate(self, request: GenerationRequest) -> Generation:
-        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
-
         outputs = self._llm.generate(
             {"prompt_token_ids": list(request.prompt_ids)},
             _sampling_params(request),
@@ -119,7 +117,7 @@ class VLLMEngine(Engine):
         )
         try:
             last = [output async for output in outputs]  # FINAL_ONLY: one
-        except (EngineDeadError, EngineGenerateError, ValueError) as error:
+        except Exception as error:  # the boundary: vLLM's errors have no common base
             raise EngineError(f"vLLM refused or lost a generation: {error!r}") from error
         if not last:
             raise EngineError("vLLM ended a generation without a result")

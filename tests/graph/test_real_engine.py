@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -141,8 +141,11 @@ def test_transcripts_are_what_the_engine_was_given_and_returned(
 def test_guided_runs_end_with_a_valid_grounded_list(
     in_process: Engine, retriever: Retriever, answer_form: str
 ) -> None:
-    for user in (0, 11, 22, 33):
-        state = run(in_process, retriever, user, answer_form=answer_form)
+    with ThreadPoolExecutor() as pool:
+        states = pool.map(
+            lambda user: run(in_process, retriever, user, answer_form=answer_form), (0, 11, 22, 33)
+        )
+    for state in states:
         response = RecommendationResponse.model_validate(
             {name: state[name] for name in RecommendationResponse.model_fields}
         )
