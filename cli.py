@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from . import __version__
 from .errors import DeepRecError, RequestError
 from .settings import load_settings
 
@@ -47,6 +48,21 @@ def main() -> None:
         errors.print("error:", style="bold red", end=" ")
         errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        console.print(__version__, highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    """Take what stands before the command."""
 
 
 def _workspace(name: str | None) -> Workspace:
@@ -156,7 +172,7 @@ def recommend(
     workspace: WorkspaceOption = None,
 ) -> None:
     """Recommend for a user of the data set, or for typed titles."""
-    from .graph.requests import parse_request, parse_settings
+    from .graph.requests import parse_request, parse_settings, resolve_request
 
     settings = parse_settings(
         k=k,
@@ -168,8 +184,11 @@ def recommend(
         limits={"time_budget_s": time_budget},
     )
     request = parse_request(history=titles or None, user_id=user, filters=_json_object(filters))
+    place = _workspace(workspace)
     with errors.status("Loading the recommendation model and the LLM"):
-        graph = _agent(workspace, settings)
+        # A request that can't be answered is told before the LLM takes its time to load.
+        resolve_request(request, settings, place.catalog, place.histories(hold_out=False))
+        graph = _agent(place, settings)
     from .graph.display import response_lines
     from .graph.state import RecommendationResponse
 
@@ -201,14 +220,15 @@ def serve_llm(
     )
 
 
-def _agent(workspace: str | None, settings: RunSettings) -> Any:
+def _agent(place: Workspace, settings: RunSettings) -> Any:
     from .graph.app import load_graph
 
-    return load_graph(_workspace(workspace), settings)
+    return load_graph(place, settings)
 
 
 def _quiet() -> None:
     """Keep the libraries' own progress bars and warnings off the terminal, if nobody set them."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

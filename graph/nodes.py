@@ -26,6 +26,7 @@ from ..tools.titles import sanitise
 from . import protocol
 from .engine.base import Constraint, Engine
 from .format_rules import scripts_of
+from .requests import resolve_request
 from .run import LimitReachedError, Step
 from .state import RecommendationRequest, RetrievedItem, RunSettings, State, StopReason, Turn
 from .transcript import segment
@@ -107,22 +108,10 @@ def read_request(
 ) -> dict[str, Any]:
     """Check a request against the catalog and write the prompt. Raises RequestError."""
     started = time.monotonic()
-    settings = defaults.model_copy(
-        update={
-            name: value
-            for name, value in (("k", request.k), ("limits", request.limits))
-            if value is not None
-        }
+    engine = resources.engine
+    settings, history, filters = resolve_request(
+        request, defaults, resources.catalog, resources.histories
     )
-    catalog, engine = resources.catalog, resources.engine
-    history = _history(resources, request)
-    filters = Filters.parse(request.filters)
-    eligible = catalog.snapshot.allowed(history, filters).count
-    if settings.k > eligible:
-        raise RequestError(
-            f"k = {settings.k} recommendations are asked for and {eligible} items of the catalog "
-            "are eligible (not in the history, passing the filters): lower k or relax the filters"
-        )
     read = [resources.listed(item) for item in history[-settings.history_length :]]
     messages = protocol.build_messages(
         read,
@@ -151,28 +140,6 @@ def read_request(
         "stop_reason": None,
         "failure": None,
     }
-
-
-def _history(resources: Resources, request: RecommendationRequest) -> tuple[str, ...]:
-    if (request.history is None) == (request.user_id is None):
-        raise RequestError("give either a history (ids or titles) or a user id, and not both")
-    if request.user_id is not None:
-        known = resources.histories.get(request.user_id)
-        if known is None:
-            raise RequestError(
-                f"user {request.user_id!r} is unknown: {len(resources.histories)} users are "
-                "known; give a history of titles instead"
-            )
-        ids = tuple(known)
-    else:
-        known_ids = resources.catalog.snapshot.index
-        ids = tuple(
-            text if text in known_ids else resources.catalog.resolve_title(text)
-            for text in request.history or ()
-        )
-    if not ids:
-        raise RequestError("the history is empty: give at least one item that the user liked")
-    return ids
 
 
 def _wish(condition: Condition) -> str:

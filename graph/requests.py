@@ -1,11 +1,21 @@
-"""Requests and run settings from loose values, with the project's errors for malformed ones."""
+"""Requests and run settings from loose values, and what a request means to a catalog.
+
+What can't be answered is refused here, in words, before any model works for it.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
 from ..errors import RequestError
 from .state import RecommendationRequest, RunSettings
+
+if TYPE_CHECKING:
+    from ..tools.catalog import Catalog
+    from ..tools.filters import Filters
 
 
 def parse_request(**fields: object) -> RecommendationRequest:
@@ -31,3 +41,52 @@ def explain(error: ValidationError) -> str:
         f"(got {problem['input']!r:.200})"
         for problem in error.errors()
     )
+
+
+def resolve_request(
+    request: RecommendationRequest,
+    defaults: RunSettings,
+    catalog: Catalog,
+    histories: Mapping[str, Sequence[str]],
+) -> tuple[RunSettings, tuple[str, ...], Filters]:
+    """Settings of the run, item ids of the history (oldest first), and the filters.
+
+    Raises RequestError: an unknown user, item, title or attribute, an empty history, or more
+    items asked for than are eligible; AmbiguousTitleError where a title fits several items.
+    """
+    from ..tools.filters import Filters
+
+    changes = {"k": request.k, "limits": request.limits}
+    settings = defaults.model_copy(update={n: v for n, v in changes.items() if v is not None})
+    history = _history(request, catalog, histories)
+    filters = Filters.parse(request.filters)
+    eligible = catalog.snapshot.allowed(history, filters).count
+    if settings.k > eligible:
+        raise RequestError(
+            f"k = {settings.k} recommendations are asked for and {eligible} items of the catalog "
+            "are eligible (not in the history, passing the filters): lower k or relax the filters"
+        )
+    return settings, history, filters
+
+
+def _history(
+    request: RecommendationRequest, catalog: Catalog, histories: Mapping[str, Sequence[str]]
+) -> tuple[str, ...]:
+    if (request.history is None) == (request.user_id is None):
+        raise RequestError("give either a history (ids or titles) or a user id, and not both")
+    if request.user_id is not None:
+        known = histories.get(request.user_id)
+        if known is None:
+            raise RequestError(
+                f"user {request.user_id!r} is unknown: {len(histories)} users are "
+                "known; give a history of titles instead"
+            )
+        ids = tuple(known)
+    else:
+        index = catalog.snapshot.index
+        ids = tuple(
+            text if text in index else catalog.resolve_title(text) for text in request.history or ()
+        )
+    if not ids:
+        raise RequestError("the history is empty: give at least one item that the user liked")
+    return ids

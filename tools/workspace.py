@@ -205,6 +205,7 @@ class Workspace:
     def _fingerprint(self) -> Fingerprint:
         from .catalog import Fingerprint
 
+        _ = self.trm  # raises in words where there is none
         weights = (self.trm_dir / "model.safetensors").read_bytes()
         return Fingerprint(
             dataset=self.data.fingerprint,

@@ -1,12 +1,16 @@
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 from deeprec.errors import SettingsError
-from deeprec.settings import load_settings
+from deeprec.settings import Settings, load_settings
+from deeprec.tools.interactions import InteractionData
+from deeprec.tools.trm.config import DeepRecConfig, FitConfig
+from deeprec.tools.workspace import Workspace
 
 
 def deeprec(
@@ -42,6 +46,10 @@ def test_help_loads_nothing_heavy(args: list[str]) -> None:
     assert "Usage" in done.stdout
 
 
+def test_version() -> None:
+    assert deeprec("--version").stdout.strip() == version("deeprec-agent")
+
+
 def test_importing_the_package_loads_nothing_heavy() -> None:
     code = (
         "import sys, deeprec.graph, deeprec.tools\nassert not {'torch', 'vllm'} & set(sys.modules)"
@@ -70,6 +78,44 @@ def test_errors_are_told_in_words(args: list[str], says: str, tmp_path: Path) ->
     assert says in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "workspaces").exists()  # nothing half-written
+
+
+@pytest.fixture(scope="module")
+def ready(
+    tiny_data: InteractionData, tiny_encoder_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
+    """The environment of a workspace with everything but an LLM."""
+    home = tmp_path_factory.mktemp("ready")
+    place = Workspace(Settings(home=home, workspace="tiny", encoder=str(tiny_encoder_folder)))
+    tiny_data.save(place.dataset_dir)
+    place.train_trm(DeepRecConfig(), FitConfig(epochs=1, pool=100))
+    place.index()
+    return {
+        "DEEPREC_HOME": str(home),
+        "DEEPREC_WORKSPACE": "tiny",
+        "DEEPREC_ENCODER": str(tiny_encoder_folder),
+        "DEEPREC_MODEL": "/no/such/model",
+    }
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--user", "nobody"], "user 'nobody' is unknown"),
+        (["Film 999"], "no item is titled 'Film 999'"),
+        ([], "give either a history"),
+        (["Film 1", "-k", "40"], "k = 40 recommendations are asked for and 39 items"),
+        (["Film 1", "--filters", '{"mood": "dark"}'], "unknown attribute 'mood'"),
+        (["Film 1", "-k", "3"], "model folder '/no/such/model' does not exist"),
+    ],
+)
+def test_what_cannot_be_answered_is_told_before_the_llm_loads(
+    ready: dict[str, str], args: list[str], says: str
+) -> None:
+    done = deeprec("recommend", *args, **ready)
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_table_is_prepared(tmp_path: Path) -> None:
