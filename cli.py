@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -42,6 +43,8 @@ DecodingOption = Annotated[
 def main() -> None:
     """Run the command; an error that the user can mend is told without a traceback."""
     _quiet()
+    # A plain SIGTERM would leave the engine's processes behind: nothing that ends them would run.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         app()
     except DeepRecError as error:

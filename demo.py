@@ -6,12 +6,13 @@ Each step is skipped where an earlier run left its result, so a second demo is q
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
-from .graph.app import load_graph
+from .graph.app import load_engine, load_graph
 from .graph.display import history_lines, recommendation_table, summary_line, turn_lines
 from .graph.requests import parse_request, parse_settings
 from .graph.state import RecommendationResponse, Turn
@@ -21,9 +22,9 @@ from .tools.retriever import RetrievalRequest
 from .tools.workspace import Workspace
 
 _SETTINGS = {
-    "retrieve_n": 10,
+    "retrieve_n": 8,
     "temperature": 0.7,
-    "thought_tokens": 48,
+    "thought_tokens": 32,
     "limits": {"max_retrievals": 3},
 }
 
@@ -33,9 +34,15 @@ def run_demo(workspace: Workspace, console: Console, *, users: int, seed: int) -
 
     Raises DeepRecError where a step can't be done.
     """
-    set_up(workspace, console)
-    with console.status("Loading the LLM in vLLM (about a minute on a CPU)"):
-        graph = load_graph(workspace, parse_settings(**_SETTINGS, seed=seed), hold_out=True)
+    with ThreadPoolExecutor(max_workers=1) as beside:
+        # With nothing to train, the LLM can load while the other parts do.
+        early = workspace.is_complete()
+        loading = beside.submit(load_engine, workspace.settings) if early else None
+        set_up(workspace, console)
+        with console.status("Loading the LLM in vLLM (about a minute on a CPU)"):
+            engine = loading.result() if loading else load_engine(workspace.settings)
+    settings = parse_settings(**_SETTINGS, seed=seed)
+    graph = load_graph(workspace, settings, hold_out=True, engine=engine)
     split = workspace.split
     data = workspace.data
     tested = [user for user in range(len(data.user_ids)) if split.test[user] >= 0][:users]

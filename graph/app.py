@@ -35,17 +35,22 @@ def load_engine(settings: Settings) -> Engine:
 
 
 def load_graph(
-    workspace: Workspace, settings: RunSettings | None = None, *, hold_out: bool = False
+    workspace: Workspace,
+    settings: RunSettings | None = None,
+    *,
+    hold_out: bool = False,
+    engine: Engine | None = None,
 ) -> CompiledStateGraph[Any, Any, Any, Any]:
     """Load TRM, catalog and engine, and compile the agent over them.
 
     `settings` are the defaults of its runs. With `hold_out` the last item of each user's history
-    is left out, as a test needs it. Raises DeepRecError where a part is missing.
+    is left out, as a test needs it. `engine` is one that is loaded already.
+    Raises DeepRecError where a part is missing.
     """
     from .build import build_graph
 
     retriever = workspace.retriever  # first: a missing workspace is told before the LLM loads
-    engine = load_engine(workspace.settings)
+    engine = engine or load_engine(workspace.settings)
     histories = workspace.histories(hold_out=hold_out)
     return build_graph(engine, retriever, histories=histories, settings=settings)
 

@@ -167,6 +167,11 @@ class Workspace:
 
         return Retriever(self.trm, self.encoder, self.catalog)
 
+    def is_complete(self) -> bool:
+        """Whether every part is there: models, data set, TRM and catalog. Opens none of them."""
+        parts = (self.dataset_dir, self.trm_dir, self.catalog_dir, Path(self.settings.model_name))
+        return all(part.exists() for part in parts)
+
     def has_catalog(self) -> bool:
         """Whether the catalog is there and was made of this TRM."""
         try:

@@ -6,6 +6,10 @@ from pathlib import Path
 
 from ...errors import EngineError
 
+# Spells guided text in the tokenizer's own way, in a third fewer tokens than xgrammar (docs).
+GRAMMAR_BACKEND = "guidance"
+# Only whole blocks are reused when a run goes on; vLLM's 128 on a CPU prefills the rest anew.
+CPU_BLOCK_SIZE = 32
 _GIB = 1024**3
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import EngineError
 from .base import Engine, Finish, Generation, GenerationRequest, LoopThread
-from .limits import check_kv_cache, check_model_folder, cpu_dtype
+from .limits import CPU_BLOCK_SIZE, GRAMMAR_BACKEND, check_kv_cache, check_model_folder, cpu_dtype
 from .tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -89,6 +89,8 @@ class VLLMEngine(Engine):
             enable_chunked_prefill=not self._on_cpu,
             max_num_batched_tokens=max(max_model_len, 2048) if self._on_cpu else None,
             enable_prefix_caching=True,
+            block_size=CPU_BLOCK_SIZE if self._on_cpu else None,
+            structured_outputs_config={"backend": GRAMMAR_BACKEND},
             disable_log_stats=True,
             use_tqdm_on_load=False,
             generation_config="vllm",  # sampling is the caller's, never the model folder's

@@ -21,7 +21,7 @@ from tenacity import (
 
 from ...errors import EngineError
 from .base import Engine, Generation, GenerationRequest, LoopThread
-from .limits import check_kv_cache, check_model_folder, cpu_dtype
+from .limits import GRAMMAR_BACKEND, check_kv_cache, check_model_folder, cpu_dtype
 from .tokenizer import load_tokenizer
 
 _CONNECT_TIMEOUT_S = 5.0
@@ -198,6 +198,7 @@ def serve(
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", model, "--host", host, "--port", str(port), "--dtype", dtype]
     command += ["--max-model-len", str(max_model_len), "--generation-config", "vllm"]
+    command += ["--structured-outputs-config.backend", GRAMMAR_BACKEND]
     if on_cpu:  # chunked prefill rewinds the generator of a seeded request, which a CPU's can't
         command += ["--no-enable-chunked-prefill", "--enforce-eager"]
         command += ["--max-num-batched-tokens", str(max(max_model_len, 2048))]

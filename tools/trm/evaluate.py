@@ -75,7 +75,8 @@ def preference_texts(
         text = render(vocabulary, terms, template) if len(terms) else None
         texts.setdefault(kind, []).append(text)
 
-    for history, target in zip(given.histories, given.targets, strict=True):
+    nearest = _nearest(embeddings, given.targets)
+    for history, target, similar in zip(given.histories, given.targets, nearest, strict=True):
         own = vocabulary.items[target]
         wording = HELD_OUT_TEMPLATES[rng.integers(len(HELD_OUT_TEMPLATES))]
         one = own[rng.integers(len(own)) :][:1] if own else ()
@@ -95,14 +96,23 @@ def preference_texts(
                 other = drawn
                 break
         add("unrelated", other, _TEMPLATE)
-        likeness = embeddings @ embeddings[target]
-        likeness[target] = -np.inf
-        near = data.items[int(likeness.argmax())].title if len(data.items) > 1 else None
+        near = data.items[similar].title if similar != target else None
         wording = HELD_OUT_TITLE_TEMPLATES[rng.integers(len(HELD_OUT_TITLE_TEMPLATES))]
         texts.setdefault("its title", []).append(data.items[target].title)
         texts.setdefault("similar title", []).append(near and f"similar to {near}")
         texts.setdefault("similar, unseen wording", []).append(near and wording.format(near))
     return texts
+
+
+def _nearest(embeddings: np.ndarray, targets: np.ndarray) -> list[int]:
+    """The item most like each target by text, other than itself (where there is another)."""
+    found: list[int] = []
+    for start in range(0, len(targets), _BATCH):
+        at = targets[start : start + _BATCH]
+        likeness = embeddings[at] @ embeddings.T
+        likeness[np.arange(len(at)), at] = -np.inf
+        found += likeness.argmax(axis=1).tolist()
+    return found
 
 
 class Judge:

@@ -56,13 +56,15 @@ def evaluate_folder(
     *,
     data: Path | None = None,
     encoder: str | None = None,
+    users: int = 10_000,
     device: str = "cpu",
     progress: Callable[[str], None] | None = None,
 ) -> RunResults:
     """Judge every finished checkpoint of a run; write results.json, table.md and model cards.
 
     `data` and `encoder` say where the data set and the sentence encoder are now, if not where
-    the run had them. `progress` is told what is judged next. Raises TRMError if there is no
+    the run had them. Of more than `users` test users a fixed random sample is judged. `progress`
+    is told what is judged next. Raises TRMError if there is no
     checkpoint or one of another data set or encoder, DataError and EncoderError.
     """
     folder = Path(folder)
@@ -70,7 +72,7 @@ def evaluate_folder(
     given = InteractionData.load(data or source.data)
     reader = TextEncoder(encoder or source.encoder, device=device)
     embeddings = item_embeddings(reader, given.items, folder / "cache")
-    judge = Judge(given, leave_one_out(given), embeddings, reader)
+    judge = Judge(given, leave_one_out(given), embeddings, reader, users=users)
     results = evaluate_run(folder, judge, progress=progress)
     write_text(folder / "results.json", results.model_dump_json(indent=2) + "\n")
     write_text(folder / "table.md", f"{statistics_table(results)}\n{markdown_table(results)}")
