@@ -11,7 +11,7 @@ import asyncio
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -72,15 +72,30 @@ class Resources:
         """Scripts of the catalog's titles and attributes, for the format rules."""
         catalog = self.catalog
         titles = (catalog.display_title(item_id) for item_id in catalog.ids)
-        return scripts_of(titles) | scripts_of(self._values)
+        return scripts_of(titles) | scripts_of(value for _, value in self._shown(catalog.ids))
 
     @cached_property
     def _values(self) -> Counter[str]:
         return self._count_values(self.catalog.ids)
 
+    @cached_property
+    def _worded(self) -> frozenset[str]:
+        """Attributes whose values are words; of one that mostly holds numbers, such as a year,
+        the odd word ("V" in MovieLens) is no preference.
+        """
+        balance = Counter[str]()
+        for name, value in self._shown(self.catalog.ids):
+            balance[name] += -1 if value.isnumeric() else 1
+        return frozenset(name for name, count in balance.items() if count > 0)
+
+    def _shown(self, item_ids: Iterable[str]) -> Iterator[tuple[str, str]]:
+        """Attribute names and values of items, as they may be shown."""
+        for item_id in item_ids:
+            for name, values in self.catalog.display_attributes(item_id).items():
+                yield from ((name, value) for value in values)
+
     def _count_values(self, item_ids: Iterable[str]) -> Counter[str]:
-        shown = (self.catalog.display_attributes(item_id) for item_id in item_ids)
-        return Counter(value for attributes in shown for vs in attributes.values() for value in vs)
+        return Counter(value for name, value in self._shown(item_ids) if name in self._worded)
 
     def vocabulary(self, history: Iterable[str], used: Iterable[str]) -> list[str]:
         """Attribute values for guided preferences: the history's, then the catalog's commonest.
@@ -91,11 +106,7 @@ class Resources:
         own = self._count_values(history)
         led = {preference.partition(";")[0].strip().casefold() for preference in used}
         ranked = dict.fromkeys([*_by_count(own), *_by_count(self._values)])
-        kept = [
-            value
-            for value in ranked
-            if value.casefold() not in led and ";" not in value and not value.isnumeric()
-        ]
+        kept = [value for value in ranked if value.casefold() not in led and ";" not in value]
         return kept[:_VOCABULARY]
 
 

@@ -2,6 +2,7 @@
 of it."""
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import deeprec
 from deeprec.errors import AmbiguousTitleError, DeepRecError, EngineError, RequestError
 from deeprec.graph import protocol
 from deeprec.graph.build import build_graph
+from deeprec.graph.nodes import Resources
 from deeprec.graph.state import RecommendationResponse, RunSettings
 from deeprec.graph.transcript import Transcript, segment_ids
 from deeprec.tools.retriever import RetrievalRequest, Retriever
@@ -399,3 +401,15 @@ def test_the_drawing_shows_the_loop(retriever: Retriever) -> None:
 def test_ambiguous_titles_list_their_candidates(run_graph: RunGraph) -> None:
     with pytest.raises((AmbiguousTitleError, RequestError), match="Film"):
         run_graph(request={"history": ["Flm"]})
+
+
+def test_guided_words_are_no_numbers(retriever: Retriever) -> None:
+    """The films' years are numbers but for one; their genres are words."""
+    odd = replace(retriever.catalog.item("7"), attributes={"genres": ("Drama",), "year": ("V",)})
+    before = retriever.catalog.item("7")
+    retriever.upsert([odd])
+    try:
+        words = Resources(ScriptedEngine([], 8192), retriever, retriever.catalog).vocabulary([], [])
+    finally:
+        retriever.upsert([before])
+    assert set(words) == {"Comedy", "Drama", "Horror", "Western"}
