@@ -142,6 +142,32 @@ def train_trm(
 
 
 @app.command()
+def eval_trm(
+    run: Annotated[Path, typer.Argument(help="Output folder of training/run_trm.py.")],
+    data: Annotated[
+        Path | None, typer.Option(help="The prepared data set, if it has moved since the run.")
+    ] = None,
+    encoder: Annotated[
+        str | None, typer.Option(help="The sentence encoder, if it has moved since the run.")
+    ] = None,
+    users: Annotated[int, typer.Option(min=1, help="Most test users to judge by.")] = 10_000,
+) -> None:
+    """Judge the recommendation models of a run on test users; write its table and model cards."""
+    from .tools.trm.report import evaluate_folder, print_table
+
+    with console.status("Judging") as status:
+        results = evaluate_folder(
+            run,
+            data=data,
+            encoder=encoder,
+            users=users,
+            progress=lambda what: status.update(f"Judging {what}"),
+        )
+    print_table(results, console)
+    console.print(f"Written to {run / 'table.md'}", soft_wrap=True)
+
+
+@app.command()
 def index(workspace: WorkspaceOption = None) -> None:
     """Fill the catalog with the workspace's items and their vectors."""
     place = _workspace(workspace)

@@ -70,6 +70,7 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
         (["prepare", "/no/such/place"], "/no/such/place"),
         (["prepare", "x", "-o", "nonsense"], "NAME=VALUE"),
         (["train-trm", "--architecture", "gru"], "gru"),
+        (["eval-trm", "/no/such/run"], "/no/such/run"),
     ],
 )
 def test_errors_are_told_in_words(args: list[str], says: str, tmp_path: Path) -> None:

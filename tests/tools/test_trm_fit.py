@@ -69,7 +69,7 @@ def test_it_follows_a_preference_where_the_history_says_nothing(
     )
     split, text = leave_one_out(data), text_of(data, tiny_encoder)
     told = PreferenceMix(history=0, unrelated=0, title=0)
-    settings = QUICK.model_copy(update={"epochs": 20, "mix": told})
+    settings = QUICK.model_copy(update={"epochs": 60, "patience": 60, "mix": told})
     model = fit(data, split, text, tiny_encoder, DEEPREC, settings)
     table = Judge(data, split, text, tiny_encoder).rows(model)
     assert table["all target values"].ndcg10 > 1.2 * table["absent"].ndcg10

@@ -35,7 +35,7 @@ _OPENINGS = (
     "the person asks for ",
     "this evening: ",
     "what about ",
-    "my next one should be ",
+    "the one after that should be ",
     "could be ",
     "give me the best ",
     "leaning towards ",
