@@ -10,6 +10,7 @@ import asyncio
 import atexit
 import itertools
 import os
+from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,10 @@ from ...errors import EngineError
 from .base import Engine, Finish, Generation, GenerationRequest, LoopThread
 from .limits import CPU_BLOCK_SIZE, GRAMMAR_BACKEND, check_kv_cache, check_model_folder, cpu_dtype
 from .tokenizer import load_tokenizer
+from .weight_sync import SyncWorker, handed_over
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from vllm import SamplingParams
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -94,6 +97,7 @@ class VLLMEngine(Engine):
             disable_log_stats=True,
             use_tqdm_on_load=False,
             generation_config="vllm",  # sampling is the caller's, never the model folder's
+            worker_extension_cls=f"{SyncWorker.__module__}.{SyncWorker.__qualname__}",
         )
         try:
             self._llm: AsyncLLM = self._loop.submit(_start(args)).result()
@@ -129,6 +133,22 @@ class VLLMEngine(Engine):
             at[token].logprob for at, token in zip(completion.logprobs or (), ids, strict=True)
         )
         return Generation(ids, logprobs, *_finish(completion.finish_reason, completion.stop_reason))
+
+    def load_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """Replace the model's weights; the next generation is made with them.
+
+        `weights` are the model's parameters by their names in transformers, a tied head left out.
+        Not to be called while generations are under way. Raises EngineError.
+        """
+        with handed_over(weights) as folder:
+            try:
+                self._loop.submit(self._load_weights(folder)).result()
+            except Exception as error:  # the boundary: vLLM's errors have no common base
+                raise EngineError(f"vLLM did not take the new weights: {error!r}") from error
+
+    async def _load_weights(self, folder: str) -> None:
+        await self._llm.collective_rpc("deeprec_load", args=(folder,))
+        await self._llm.reset_prefix_cache()  # it holds keys and values of the old weights
 
     def unfinished(self) -> int:
         """Return the number of generations that the engine is working on."""

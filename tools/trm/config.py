@@ -47,8 +47,8 @@ class DeepRecConfig(_Shared):
     inner: int = Field(128, ge=1)  # feed-forward width
     # Weight that counted transitions start with; 0 = the block starts at random.
     transition_start: float = Field(0.4, ge=0)
-    dropout: float = Field(0.3, ge=0, lt=1)
-    item_dropout: float = Field(0.3, ge=0, lt=1)  # how often an item is met by its text alone
+    dropout: float = Field(0.5, ge=0, lt=1)
+    item_dropout: float = Field(0.1, ge=0, lt=1)  # how often an item is met by its text alone
 
 
 TRMConfig = Annotated[PaperConfig | DeepRecConfig, Field(discriminator="name")]
@@ -83,7 +83,7 @@ class FitConfig(_Strict):
     ema: float = Field(0.99, ge=0, lt=1)  # decay of the average of weights, which is what is kept
     preferences: bool = True  # False fits the twin that never sees one
     mix: PreferenceMix = PreferenceMix()
-    noise: float = Field(0.01, ge=0)  # added to each number of a preference embedding
+    noise: float = Field(0.02, ge=0)  # added to each number of a preference embedding
     pool: int = Field(12_000, ge=100)  # preference texts to embed before training
     full_softmax_items: int = Field(20_000, ge=0)  # larger catalogs use sampled softmax
     negatives: int = Field(2048, ge=1)  # uniform negatives of sampled softmax, shared in a batch

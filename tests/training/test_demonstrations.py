@@ -1,0 +1,125 @@
+import numpy as np
+import pytest
+
+from deeprec.errors import EngineError
+from deeprec.graph import protocol
+from deeprec.graph.engine.tokenizer import load_tokenizer
+from deeprec.graph.state import RunSettings
+from deeprec.settings import load_settings
+from deeprec.tools.interactions import InteractionData, leave_one_out
+from deeprec.tools.retriever import Retriever
+from deeprec.tools.text_encoder import TextEncoder
+from deeprec.training.demonstrations import (
+    DemonstrationConfig,
+    Demonstrator,
+    _choose,
+    demonstrate,
+)
+from deeprec.training.run_sft import dataset
+from deeprec.training.selection import Example, SelectionConfig, candidates
+from deeprec.training.trajectories import Trajectory
+
+SETTINGS = RunSettings(k=3, retrieve_n=6, history_length=4, answer_form="numbers")
+
+
+@pytest.fixture(scope="module")
+def examples(tiny_data: InteractionData) -> list[Example]:
+    ids = [item.id for item in tiny_data.items]
+    return [
+        Example(
+            tiny_data.user_ids[at.user], tuple(ids[item] for item in at.history), ids[at.target]
+        )
+        for at in candidates(leave_one_out(tiny_data), SelectionConfig())
+    ]
+
+
+def made(
+    examples: list[Example],
+    retriever: Retriever,
+    encoder: TextEncoder,
+    settings: RunSettings = SETTINGS,
+    *,
+    wanted: int = 12,
+    max_model_len: int = 4096,
+    **config: object,
+) -> list[Trajectory]:
+    chosen = DemonstrationConfig.model_validate(config)
+    tokenizer = load_tokenizer(load_settings().model_name)
+    return demonstrate(
+        examples,
+        Demonstrator(retriever, encoder, settings, chosen),
+        retriever,
+        tokenizer,
+        settings,
+        wanted=wanted,
+        max_model_len=max_model_len,
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(
+    examples: list[Example], retriever: Retriever, tiny_encoder: TextEncoder
+) -> list[Trajectory]:
+    return made(examples, retriever, tiny_encoder, keep_misses=0.0)
+
+
+def test_they_keep_every_rule_and_end_with_a_found_target(runs: list[Trajectory]) -> None:
+    assert len(runs) == 12
+    for run in runs:
+        assert (run.violations, run.failure, run.stop_reason) == ([], None, "answered")
+        assert run.target in run.answer
+        assert len(set(run.answer)) == 3
+        assert 2 <= run.usage.retrievals <= 4
+        assert run.completion_ids[-1] == load_tokenizer(load_settings().model_name).eos_token_id
+
+
+def test_searches_of_a_run_differ_and_say_nothing_of_the_target(runs: list[Trajectory]) -> None:
+    for run in runs:
+        asked = [turn.preference for turn in run.turns if turn.preference]
+        assert len({protocol.preference_key(wish) for wish in asked}) == len(asked)
+        own = "".join(piece.text for piece in run.pieces if piece.author == "policy")
+        target = f"Film {run.target}"
+        assert target not in own.partition(protocol.BEGIN_ANSWER)[0].split()
+
+
+def test_misses_are_kept_in_their_share(
+    examples: list[Example], retriever: Retriever, tiny_encoder: TextEncoder
+) -> None:
+    one = SETTINGS.model_copy(update={"k": 1})
+    every = made(examples, retriever, tiny_encoder, one, wanted=80, keep_misses=1.0)
+    hits = made(examples, retriever, tiny_encoder, one, wanted=80, keep_misses=0.0)
+    assert len(every) > len(hits) > 0
+    assert all(run.target in run.answer for run in hits)
+
+
+def test_titles_may_be_the_answer_form(
+    examples: list[Example], retriever: Retriever, tiny_encoder: TextEncoder
+) -> None:
+    settings = SETTINGS.model_copy(update={"answer_form": "titles"})
+    run = made(examples, retriever, tiny_encoder, settings, wanted=1)[0]
+    assert all(entry.startswith("Film") for entry in run.entries)
+
+
+def test_only_the_policys_tokens_are_labels(runs: list[Trajectory]) -> None:
+    for run, row in zip(runs, dataset(runs), strict=True):
+        assert row["input_ids"] == [*run.prompt_ids, *run.completion_ids]
+        said = [label for label in row["labels"] if label != -100]
+        kept = zip(run.completion_ids, run.authors, strict=True)
+        assert said == [token for token, author in kept if author == "policy"]
+        assert len(row["labels"]) == len(row["input_ids"])
+        assert set(run.authors) == {"policy", "environment"}
+
+
+def test_one_that_does_not_fit_is_told(
+    examples: list[Example], retriever: Retriever, tiny_encoder: TextEncoder
+) -> None:
+    with pytest.raises(EngineError, match="fit"):
+        made(examples, retriever, tiny_encoder, max_model_len=640)
+
+
+def test_choice_weighs_gain_and_difference() -> None:
+    vectors = np.array([[1, 0], [1, 0], [0, 1], [-1, 0]], dtype=np.float32)
+    lists = [["a", "t"], ["t"], ["b"], ["c"]]
+    assert _choose("t", lists, vectors, 1) == [1]  # the greatest gain
+    assert _choose("t", lists, vectors, 2) == [1, 3]  # 0 + 1 - -1 beats .63 + 1 - 1
+    assert _choose("none", lists, vectors, 3) == [0, 3, 2]

@@ -1,0 +1,351 @@
+"""Demonstrations: runs of the real graph in which a script plays the policy.
+
+A small model never finds the protocol by sampling, so it is shown what runs look like. For each
+training example the demonstrator tries preferences that the history suggests, keeps some that
+bring the target in and differ from each other, and ranks by fusing what came back. The graph
+itself then plays that script, so every list, limit, token boundary and rule is the real one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.random import Generator
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+
+from ..errors import EngineError
+from ..graph import protocol
+from ..graph.build import build_graph
+from ..graph.engine.base import Engine, Generation, GenerationRequest
+from ..graph.fusion import reciprocal_rank_fusion
+from ..graph.state import RunSettings
+from ..tools.retriever import RetrievalRequest, Retriever
+from ..tools.trm.preferences import embed_preferences
+from ..tools.trm.vocabulary import Vocabulary
+from .selection import Example
+from .trajectories import RUN_KEYS, Trajectory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ..tools.interactions import Item
+    from ..tools.text_encoder import TextEncoder
+
+_CHUNK = 32
+_RECENT = 5
+_OPENINGS = (
+    "The history is mostly {values}.",
+    "{title} and what came before it point to {values}.",
+    "{values} come up again and again.",
+    "Recent choices such as {title} lean towards {values}.",
+    "This user keeps coming back to {values}.",
+)
+_INTENTS = (
+    "I will look for {wish}.",
+    "Let me search for {wish}.",
+    "{wish} is worth a search.",
+    "First {wish}.",
+)
+_NEXT = (
+    "{found} fits. Now from another side: {wish}.",
+    "The list holds {found}. Next I try {wish}.",
+    "{found} came back. What about {wish}?",
+    "Another side of this user is {wish}.",
+)
+_AGAIN = (
+    "Found more than once: {again}. They come first.",
+    "{again} came up in several searches, so they lead.",
+    "The searches agree on {again}.",
+)
+_ONCE = (
+    "The searches have little in common; the best of each come first.",
+    "Each search found something else, so I mix their best.",
+)
+
+
+class DemonstrationConfig(BaseModel):
+    """How demonstrations are made."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    # Share of runs with two, three and four searches.
+    searches: tuple[float, float, float] = (0.25, 0.5, 0.25)
+    # Preferences that are tried for each example.
+    candidates: int = Field(16, ge=4)
+    # Share of the examples whose answer misses the target that are kept all the same.
+    keep_misses: float = Field(0.25, ge=0, le=1)
+
+
+@dataclass(frozen=True)
+class Script:
+    """What the demonstrator says in one run: a text per generation, and the list it ends with."""
+
+    texts: tuple[str, ...]
+    preferences: tuple[str, ...]
+    answer: tuple[str, ...]  # item ids
+
+
+class ScriptedPolicy(Engine):
+    """An engine that says the next text of a script, up to the first stop string in it.
+
+    Its logprobs are 0: nothing was sampled.
+    """
+
+    name = "demonstrator"
+    trainable = False
+
+    def __init__(
+        self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_model_len: int
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.max_model_len = max_model_len
+        self._texts = list(texts)
+
+    def submit(self, request: GenerationRequest) -> Future[Generation]:
+        """See Engine.submit."""
+        future: Future[Generation] = Future()
+        try:
+            future.set_result(self._say(request))
+        except EngineError as error:
+            future.set_exception(error)
+        return future
+
+    def _say(self, request: GenerationRequest) -> Generation:
+        if not self._texts:
+            raise EngineError("the demonstration has nothing more to say")
+        text = self._texts.pop(0)
+        stop = next((stop for stop in request.stop if text.endswith(stop)), None)
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        if stop is None:
+            ids.append(int(self.tokenizer.eos_token_id))
+        if len(ids) > request.max_tokens:
+            raise EngineError(
+                f"{len(ids)} tokens of a demonstration don't fit into {request.max_tokens}: raise "
+                "max_new_tokens or max_total_tokens, or lower retrieve_n or history_length"
+            )
+        return Generation(
+            tuple(ids), (0.0,) * len(ids), "stop" if stop is not None else "eos", stop
+        )
+
+    def close(self) -> None:
+        """Hold nothing, release nothing."""
+
+
+class Demonstrator:
+    """Plans scripts for examples over a retriever that has not seen their targets.
+
+    Args:
+        retriever: the TRM and its catalog.
+        encoder: the TRM's, to tell preferences apart.
+        settings: of the runs that will play the scripts.
+        config: how to choose.
+
+    """
+
+    def __init__(
+        self,
+        retriever: Retriever,
+        encoder: TextEncoder,
+        settings: RunSettings,
+        config: DemonstrationConfig,
+    ) -> None:
+        self._retriever = retriever
+        self._encoder = encoder
+        self._settings = settings
+        self._config = config
+        self._catalog = retriever.catalog
+        items: Sequence[Item] = self._catalog.snapshot.items
+        self._vocabulary = Vocabulary.build(items)
+        self._row = {item.id: row for row, item in enumerate(items)}
+
+    def plan(self, examples: Sequence[Example], rng: Generator) -> list[Script | None]:
+        """Scripts for examples; None where the answer misses and the example is left out."""
+        wishes = [self._suggestions(example, rng) for example in examples]
+        requests = [
+            RetrievalRequest(
+                history=example.history,
+                preference=wish,
+                k=self._settings.retrieve_n,
+                exclude=frozenset(example.history),
+            )
+            for example, of_example in zip(examples, wishes, strict=True)
+            for wish in of_example
+        ]
+        found = iter(self._retriever.retrieve(requests))
+        texts = [wish for of_example in wishes for wish in of_example]
+        vectors = iter(embed_preferences(self._encoder, texts))
+        scripts = []
+        for example, of_example in zip(examples, wishes, strict=True):
+            lists = [[item.id for item in next(found)] for _ in of_example]
+            own = np.stack([next(vectors) for _ in of_example])
+            scripts.append(self._script(example, of_example, lists, own, rng))
+        return scripts
+
+    def _suggestions(self, example: Example, rng: Generator) -> list[str]:
+        """Preferences that a reader of the history could come to, distinct, in random order."""
+        read = [self._row[item] for item in example.history[-self._settings.history_length :]]
+        terms = self._vocabulary.terms
+        main = Counter(term for row in read for term in self._vocabulary.items[row])
+        rest = Counter(term for row in read for term in self._vocabulary.extras[row])
+        mains = [terms[term][1] for term, _ in main.most_common(6)]
+        rests = [terms[term][1] for term, _ in rest.most_common(3)]
+        pairs = [(a, b) for at, a in enumerate(mains[:5]) for b in [*mains[at + 1 : 5], *rests]]
+        titles = [self._catalog.display_title(id_) for id_ in example.history[-_RECENT:]]
+        wishes = [*mains, *("; ".join(pair) for pair in pairs)]
+        wishes += [f"similar to {title}" for title in titles]
+        wishes += [f"{value}; similar to {titles[-1]}" for value in mains[:3]]
+        # A semicolon inside a title would read as two phrases.
+        named = {protocol.preference_key(wish): wish for wish in wishes}
+        chosen = rng.permutation(sorted(named.values()))[: self._config.candidates]
+        return [str(wish) for wish in chosen]
+
+    def _script(
+        self,
+        example: Example,
+        wishes: Sequence[str],
+        lists: Sequence[Sequence[str]],
+        vectors: NDArray[np.float32],
+        rng: Generator,
+    ) -> Script | None:
+        count = min(2 + int(rng.choice(3, p=self._config.searches)), len(wishes))
+        chosen = _choose(example.target, lists, vectors, count)
+        order = [int(at) for at in rng.permutation(chosen)]
+        k = self._settings.k
+        fused = reciprocal_rank_fusion([lists[at] for at in order])[:k]
+        missed = example.target not in fused
+        if len(fused) < k or (missed and rng.random() >= self._config.keep_misses):
+            return None
+        return Script(
+            texts=self._texts(example, [(wishes[at], lists[at]) for at in order], fused, rng),
+            preferences=tuple(wishes[at] for at in order),
+            answer=tuple(fused),
+        )
+
+    def _texts(
+        self,
+        example: Example,
+        searches: Sequence[tuple[str, Sequence[str]]],
+        answer: Sequence[str],
+        rng: Generator,
+    ) -> tuple[str, ...]:
+        numbers: dict[str, int] = {}
+        for _, found in searches:
+            for item in found:
+                numbers.setdefault(item, len(numbers) + 1)
+
+        def named(item: str) -> str:
+            title = self._catalog.display_title(item)
+            return f"#{numbers[item]}" if self._settings.answer_form == "numbers" else title
+
+        texts = []
+        for at, (wish, _) in enumerate(searches):
+            if at == 0:
+                thought = f"{protocol.BEGIN_THINK}\n{self._opening(example, wish, rng)}\n"
+            else:
+                before = searches[at - 1][1]
+                said = str(rng.choice(_NEXT))
+                thought = said.format(found=named(before[int(rng.integers(2))]), wish=wish) + "\n"
+            texts.append(f"{thought}{protocol.BEGIN_PREFERENCE} {wish} {protocol.END_PREFERENCE}")
+        hits = Counter(item for _, found in searches for item in set(found))
+        again = [item for item in answer if hits[item] > 1][:3]
+        closing = (
+            str(rng.choice(_AGAIN)).format(again=", ".join(named(item) for item in again))
+            if again
+            else str(rng.choice(_ONCE))
+        )
+        lines = "\n".join(f"{rank}. {named(item)}" for rank, item in enumerate(answer, 1))
+        texts.append(f"{closing}\n{protocol.END_THINK}")
+        texts.append(f"\n{protocol.BEGIN_ANSWER}\n{lines}\n{protocol.END_ANSWER}")
+        texts.append("")  # end of sequence
+        return tuple(texts)
+
+    def _opening(self, example: Example, wish: str, rng: Generator) -> str:
+        read = [self._row[item] for item in example.history[-self._settings.history_length :]]
+        common = self._vocabulary.history_terms(read, 2)
+        title = self._catalog.display_title(example.history[-1])
+        intent = str(rng.choice(_INTENTS)).format(wish=wish)
+        if not common:
+            return intent
+        values = " and ".join(self._vocabulary.phrases(common))
+        return f"{str(rng.choice(_OPENINGS)).format(values=values, title=title)} {intent}"
+
+
+def _choose(
+    target: str, lists: Sequence[Sequence[str]], vectors: NDArray[np.float32], count: int
+) -> list[int]:
+    """Take the search with the greatest gain, then by gain and by difference from those taken.
+
+    The gain of a search is 1 / log2(2 + rank) of the target in its list, 0 where it is not there;
+    difference is 1 - the greatest cosine to a preference that was taken.
+    """
+    gains = np.array(
+        [1 / np.log2(2 + found.index(target)) if target in found else 0.0 for found in lists]
+    )
+    cosines = vectors @ vectors.T
+    taken = [int(gains.argmax())]
+    while len(taken) < count:
+        worth = gains + 1 - cosines[:, taken].max(axis=1)
+        worth[taken] = -np.inf
+        taken.append(int(worth.argmax()))
+    return taken
+
+
+def demonstrate(
+    examples: Sequence[Example],
+    demonstrator: Demonstrator,
+    retriever: Retriever,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: RunSettings,
+    *,
+    wanted: int,
+    max_model_len: int,
+    seed: int = 0,
+    progress: Callable[[int], None] = lambda _: None,
+) -> list[Trajectory]:
+    """Play scripts in the graph until `wanted` clean runs are there, or the examples are used up.
+
+    A run counts only if it broke no format rule and its list is the script's. Raises
+    TrajectoryError where a state is none of a finished run, EngineError where a script does not
+    fit into the run's limits.
+    """
+    free = settings.model_copy(
+        update={"decoding": "free", "on_limit": "fail", "fill": False, "seed": None}
+    )
+    made: list[Trajectory] = []
+    for example, script in _scripts(examples, demonstrator, seed):
+        if len(made) == wanted:
+            break
+        policy = ScriptedPolicy(script.texts, tokenizer, max_model_len)
+        state = build_graph(policy, retriever).invoke(
+            {"history": list(example.history)}, context=free, output_keys=list(RUN_KEYS)
+        )
+        run = Trajectory.from_state(
+            state,
+            tokenizer,
+            id=f"demonstration/{example.user}/{len(example.history)}",
+            model=policy.name,
+            target=example.target,
+        )
+        if run.failure is not None:
+            raise EngineError(f"a demonstration for user {example.user!r}: {run.failure.detail}")
+        if not run.violations and tuple(run.answer) == script.answer:
+            made.append(run)
+            progress(len(made))
+    return made
+
+
+def _scripts(
+    examples: Sequence[Example], demonstrator: Demonstrator, seed: int
+) -> Iterator[tuple[Example, Script]]:
+    rng = np.random.default_rng(seed)
+    for start in range(0, len(examples), _CHUNK):
+        chunk = examples[start : start + _CHUNK]
+        for example, script in zip(chunk, demonstrator.plan(chunk, rng), strict=True):
+            if script is not None:
+                yield example, script
