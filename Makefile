@@ -22,7 +22,7 @@ test: lint $(VENV)/.installed-dev ## lint, types and all tests; no GPU or model 
 lint: $(VENV)/.installed-dev ## style, types and the floors of the design
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy -p deeprec.cli -p deeprec.settings -p deeprec.errors -p deeprec.tools -p deeprec.graph -p deeprec.training -p deeprec.evals
+	$(BIN)/mypy -p deeprec.cli -p deeprec.terminal -p deeprec.settings -p deeprec.errors -p deeprec.tools -p deeprec.graph -p deeprec.training -p deeprec.evals
 	$(BIN)/lint-imports
 
 format: $(VENV)/.installed-dev ## rewrite the code in the project's style

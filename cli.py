@@ -6,9 +6,6 @@ Nothing heavy is imported before a command needs it, so that `deeprec --help` is
 from __future__ import annotations
 
 import json
-import os
-import signal
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,8 +13,9 @@ import typer
 from rich.console import Console
 
 from . import __version__
-from .errors import DeepRecError, RequestError
+from .errors import RequestError
 from .settings import load_settings
+from .terminal import errors, run_app
 
 if TYPE_CHECKING:
     from .graph.state import RunSettings
@@ -30,7 +28,6 @@ app = typer.Typer(
     help="DeepRec: an LLM explores an item catalog through a recommendation model, then ranks.",
 )
 console = Console()
-errors = Console(stderr=True)
 
 WorkspaceOption = Annotated[
     str | None, typer.Option("--workspace", "-w", help="Workspace in use [DEEPREC_WORKSPACE].")
@@ -41,16 +38,8 @@ DecodingOption = Annotated[
 
 
 def main() -> None:
-    """Run the command; an error that the user can mend is told without a traceback."""
-    _quiet()
-    # A plain SIGTERM would leave the engine's processes behind: nothing that ends them would run.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        app()
-    except DeepRecError as error:
-        errors.print("error:", style="bold red", end=" ")
-        errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
-        sys.exit(error.exit_code)
+    """Run the `deeprec` command."""
+    run_app(app)
 
 
 def _print_version(wanted: bool) -> None:
@@ -115,7 +104,9 @@ def prepare(
     from .tools.interactions import statistics
 
     place = _workspace(workspace)
-    data = place.prepare(source, format=format, k_core=k_core, **_loader_options(option or []))
+    options = _loader_options(option or [])
+    with console.status(f"Reading {source}"):
+        data = place.prepare(source, format=format, k_core=k_core, options=options)
     _print_table(statistics(data))
     console.print(f"Prepared in {place.dataset_dir}. Next: deeprec train-trm", soft_wrap=True)
 
@@ -128,7 +119,7 @@ def train_trm(
     workspace: WorkspaceOption = None,
 ) -> None:
     """Train the recommendation model on the workspace's data set."""
-    from .tools.progress import trm_progress
+    from .tools.progress import counted, trm_progress
     from .tools.trm.config import FitConfig, parse_config
 
     place = _workspace(workspace)
@@ -136,6 +127,8 @@ def train_trm(
     config = parse_config({"name": architecture})
     _ = place.data  # a missing data set is told before anything is fetched
     place.ensure_assets(lambda message: console.print(f"  {message}", style="dim"))
+    with counted(console, "embedding items") as embedded:
+        place.embed_items(progress=embedded)
     with trm_progress(console) as progress:
         place.train_trm(config, training, seed=seed, progress=progress)
     console.print(f"Trained: {place.trm_dir}. Next: deeprec index", soft_wrap=True)
@@ -170,9 +163,13 @@ def eval_trm(
 @app.command()
 def index(workspace: WorkspaceOption = None) -> None:
     """Fill the catalog with the workspace's items and their vectors."""
+    from .tools.progress import counted
+
     place = _workspace(workspace)
-    with console.status("Filling the catalog"):
-        catalog = place.index()
+    with counted(console, "embedding items") as progress:
+        place.embed_items(progress=progress)
+    with counted(console, "filling the catalog") as progress:
+        catalog = place.index(progress=progress)
     console.print(f"{len(catalog.ids)} items are in the catalog. Next: deeprec recommend --user …")
 
 
@@ -239,29 +236,51 @@ def serve_llm(
     from .graph.engine.vllm_server import serve
 
     settings = load_settings()
-    serve(
-        settings.model_name,
-        host=host,
-        port=port,
-        max_model_len=settings.engine.max_model_len,
-        dtype=settings.engine.dtype,
-        kv_cache_gib=settings.engine.kv_cache_gib,
-    )
+    serve(settings.model_name, settings.engine, host=host, port=port)
+
+
+trajectories = typer.Typer(no_args_is_help=True, help="Finished runs as training data.")
+app.add_typer(trajectories, name="trajectories")
+
+
+@trajectories.callback()
+def _trajectories() -> None:
+    """Keep `show` a command of its own, though it is the only one."""
+
+
+@trajectories.command()
+def show(
+    source: Annotated[Path, typer.Argument(help="A file of trajectories, or a run's folder.")],
+    only: Annotated[
+        list[str] | None, typer.Option("--id", help="Show these runs in full; else an overview.")
+    ] = None,
+    number: Annotated[int, typer.Option("-n", min=1, help="Most runs of the overview.")] = 50,
+    prompt: Annotated[bool, typer.Option("--prompt", help="Show the request too.")] = False,
+) -> None:
+    """Show what was written by whom, what the loss sees, and what it earned."""
+    from itertools import islice
+
+    from .errors import TrajectoryError
+    from .training.show import overview, trajectory_lines
+    from .training.trajectory_file import iter_trajectories
+
+    runs = iter_trajectories(source)
+    if not only:
+        console.print(overview(list(islice(runs, number))))
+        return
+    found = {run.id: run for run in runs if run.id in only}
+    missing = [id_ for id_ in only if id_ not in found]
+    if missing:
+        raise TrajectoryError(f"{source} holds no trajectory {missing[0]!r}: see the overview")
+    for id_ in only:
+        for line in trajectory_lines(found[id_], prompt=prompt):
+            console.print(line)
 
 
 def _agent(place: Workspace, settings: RunSettings) -> Any:
     from .graph.app import load_graph
 
     return load_graph(place, settings)
-
-
-def _quiet() -> None:
-    """Keep the libraries' own progress bars and warnings off the terminal, if nobody set them."""
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("PYTHONWARNINGS", "ignore")
 
 
 def _json_object(text: str | None) -> dict[str, Any]:

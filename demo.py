@@ -12,12 +12,13 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from .errors import DeepRecError
 from .graph.app import load_engine, load_graph
 from .graph.display import history_lines, recommendation_table, summary_line, turn_lines
 from .graph.requests import parse_request, parse_settings
 from .graph.state import RecommendationResponse, Turn
 from .tools.assets import ensure_assets
-from .tools.progress import trm_progress
+from .tools.progress import counted, trm_progress
 from .tools.retriever import RetrievalRequest
 from .tools.workspace import Workspace
 
@@ -68,7 +69,7 @@ def set_up(workspace: Workspace, console: Console) -> None:
         workspace.prepare(workspace.settings.assets_dir / "ml-100k", format="recbole")
     data = workspace.data
     console.print(
-        f"  MovieLens-100K, 5-core: {len(data.user_ids)} users, {len(data.items)} films, "
+        f"  {data.name}, 5-core: {len(data.user_ids)} users, {len(data.items)} items, "
         f"{len(data.users):,} interactions",
         style="dim",
     )
@@ -76,14 +77,17 @@ def set_up(workspace: Workspace, console: Console) -> None:
     if workspace.trm_dir.exists():
         console.print("  trained by an earlier run", style="dim")
     else:
+        with counted(console, "embedding items") as embedded:
+            workspace.embed_items(progress=embedded)
         with trm_progress(console) as progress:
             workspace.train_trm(DeepRecConfig(), FitConfig(), progress=progress)
     console.print("[bold]3. The catalog in Chroma[/bold]")
     if workspace.has_catalog():
         console.print("  filled by an earlier run", style="dim")
     else:
-        workspace.index()
-        console.print(f"  {len(data.items)} films with text, attributes and vectors", style="dim")
+        with counted(console, "filling the catalog") as progress:
+            workspace.index(progress=progress)
+        console.print(f"  {len(data.items)} items with text, attributes and vectors", style="dim")
 
 
 async def _show(
@@ -100,13 +104,22 @@ async def _show(
         finally:
             await queue.put(None)
 
-    async with asyncio.TaskGroup() as group:
-        for user, queue in zip(tested, queues, strict=True):
-            group.create_task(run(user, queue))
-        return [
-            await _tell(workspace, console, user, queue)
-            for user, queue in zip(tested, queues, strict=True)
-        ]
+    try:
+        async with asyncio.TaskGroup() as group:
+            for user, queue in zip(tested, queues, strict=True):
+                group.create_task(run(user, queue))
+            told = [
+                await _tell(workspace, console, user, queue)
+                for user, queue in zip(tested, queues, strict=True)
+            ]
+    except* DeepRecError as errors:
+        raise _first(errors) from errors
+    return [response for response in told if response is not None]
+
+
+def _first(errors: BaseExceptionGroup[DeepRecError]) -> DeepRecError:
+    inner = errors.exceptions[0]
+    return _first(inner) if isinstance(inner, BaseExceptionGroup) else inner
 
 
 async def _tell(
@@ -114,13 +127,16 @@ async def _tell(
     console: Console,
     user: int,
     queue: asyncio.Queue[dict[str, Any] | None],
-) -> RecommendationResponse:
+) -> RecommendationResponse | None:
+    """Print a run as it comes; None where it ends without a response."""
     data = workspace.data
     target = data.items[int(workspace.split.test[user])].id
-    history = [data.items[index].title for index in workspace.split.test_history(user)]
+    shown = workspace.catalog.display_title
+    history = [shown(data.items[index].id) for index in workspace.split.test_history(user)]
     console.rule(Text(f"User {data.user_ids[user]}"), align="left")
     console.print(history_lines(history))
     turns: list[Turn] = []
+    response: RecommendationResponse | None = None
     update = await queue.get()
     while update is not None:
         update.pop("read_request", None)
@@ -132,6 +148,8 @@ async def _tell(
                 fields = {key: values[key] for key in _RESPONSE_FIELDS if key != "turns"}
                 response = RecommendationResponse.model_validate({**fields, "turns": turns})
         update = await queue.get()
+    if response is None:
+        return None
     console.print(recommendation_table(response.recommendations, target=target))
     console.print(summary_line(response))
     console.print(_where_it_stands(workspace, response, user, target))

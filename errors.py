@@ -54,8 +54,10 @@ class AmbiguousTitleError(RequestError):
         self.title = title
         self.candidates = candidates
         listed = "; ".join(f"{name} [id {id_}]" for id_, name in candidates)
+        example = f"id:{candidates[0][0]}" if candidates else "id:…"
         super().__init__(
-            f"title {title!r} fits several items: {listed}. Give the whole title or the id."
+            f"{title!r} fits several items: {listed}. Give the whole title, or an id as "
+            f"{example!r}, which is never read as a title."
         )
 
 

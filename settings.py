@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Literal
 
 from platformdirs import user_cache_path
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import SettingsError as SourceError
 
 from .errors import SettingsError
 
@@ -26,6 +27,8 @@ class EngineSettings(_Section):
     # vllm: in this process's care. server: a running vLLM server at `url`.
     kind: Literal["vllm", "server"] = "vllm"
     url: str = "http://127.0.0.1:8000"
+    # Sent to that server as a bearer token; none: it asks for none.
+    api_key: str = Field("", repr=False)
     # Most tokens of one run, prompt included.
     max_model_len: int = Field(8192, ge=512)
     # auto: the model's own type; float32 on a CPU that has no bfloat16 arithmetic.
@@ -66,6 +69,16 @@ class Settings(BaseSettings):
     engine: EngineSettings = Field(default_factory=EngineSettings)
     catalog: CatalogSettings = Field(default_factory=CatalogSettings)
 
+    @field_validator("home", mode="after")
+    @classmethod
+    def _home(cls, home: Path) -> Path:
+        return home.expanduser()
+
+    @field_validator("model", "encoder", mode="after")
+    @classmethod
+    def _local(cls, name: str | None) -> str | None:
+        return str(Path(name).expanduser()) if name and name.startswith("~") else name
+
     @property
     def assets_dir(self) -> Path:
         """Folder of the demo's models and data."""
@@ -91,6 +104,8 @@ def load_settings(**overrides: object) -> Settings:
     """Build settings from the environment; keywords win over it. Raises SettingsError."""
     try:
         return Settings(**overrides)  # type: ignore[arg-type]  # pydantic checks them
+    except SourceError as error:
+        raise SettingsError(f"invalid settings: {error} ({error.__cause__})") from error
     except ValidationError as error:
         problems = "; ".join(
             f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']} "

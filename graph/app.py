@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +17,18 @@ if TYPE_CHECKING:
     from .state import RunSettings
 
 
+_loading = threading.Lock()
+
+
 def load_engine(settings: Settings) -> Engine:
     """Start or reach the engine that the settings name. Raises EngineError."""
     engine = settings.engine
     if engine.kind == "server":
         from .engine.vllm_server import VLLMServerEngine
 
-        return VLLMServerEngine(engine.url, tokenizer=settings.model)
+        return VLLMServerEngine(
+            engine.url, tokenizer=settings.model, api_key=engine.api_key or None
+        )
     from .engine.vllm_inprocess import VLLMEngine
 
     return VLLMEngine(
@@ -63,7 +70,15 @@ def _loaded() -> CompiledStateGraph[Any, Any, Any, Any]:
 def graph() -> CompiledStateGraph[Any, Any, Any, Any]:
     """Return the compiled agent of the settings in the environment, loading it at the first call.
 
-    LangGraph's server calls this more than once; engine, TRM and catalog are loaded once a
-    process. Raises DeepRecError where a part is missing.
+    Engine, TRM and catalog are loaded once a process. Raises DeepRecError where a part is missing.
     """
-    return _loaded()
+    with _loading:  # the cache alone would let two first callers load two engines
+        return _loaded()
+
+
+async def served() -> CompiledStateGraph[Any, Any, Any, Any]:
+    """Give LangGraph's server the same agent, without holding up its event loop.
+
+    It calls this more than once.
+    """
+    return await asyncio.to_thread(graph)

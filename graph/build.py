@@ -50,8 +50,9 @@ def build_graph(
         store: LangGraph's long-term memory, handed on to the graph.
 
     The input is a RecommendationRequest (or a dict of its fields), the output a dict of
-    RecommendationResponse's fields. Raises RequestError where a request can't be answered;
-    a run that goes wrong ends with a response that says so.
+    RecommendationResponse's fields. Raises RequestError where a request can't be answered, and
+    pydantic's ValidationError for a context that is a malformed dict; a run that goes wrong ends
+    with a response that says so.
 
     """
     defaults = settings or RunSettings()
@@ -101,7 +102,12 @@ def _on_any_loop(
     """
 
     def run(state: State) -> dict[str, Any]:
-        return _loop().submit(_await(node, resources, state)).result()
+        future = _loop().submit(_await(node, resources, state))
+        try:
+            return future.result()
+        except BaseException:  # an interrupted caller must not leave the engine at work
+            future.cancel()
+            raise
 
     async def arun(state: State) -> dict[str, Any]:
         return await node(resources, state)

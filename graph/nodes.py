@@ -18,7 +18,7 @@ from typing import Any
 
 from langgraph.types import Overwrite
 
-from ..errors import RequestError
+from ..errors import CatalogError, RequestError
 from ..tools.catalog import Catalog
 from ..tools.filters import Condition, Filters
 from ..tools.retriever import RetrievalRequest, Retriever
@@ -27,8 +27,16 @@ from . import protocol
 from .engine.base import Constraint, Engine
 from .format_rules import scripts_of
 from .requests import resolve_request
-from .run import LimitReachedError, Step
-from .state import RecommendationRequest, RetrievedItem, RunSettings, State, StopReason, Turn
+from .run import LimitReachedError, Step, answer_tokens
+from .state import (
+    OUTAGES,
+    RecommendationRequest,
+    RetrievedItem,
+    RunSettings,
+    State,
+    StopReason,
+    Turn,
+)
 from .transcript import segment
 
 # Guided thoughts are free, but for their first words: an untuned model that is given none copies
@@ -40,6 +48,7 @@ _LEADS = (
 )
 _LAST_LEAD = "All in all, this user will enjoy"
 _PREFERENCE_TOKENS = 64
+_LEAST_THOUGHT = 256  # tokens that a run must have for its thoughts and lists
 _VOCABULARY = 48
 _FREE_WORD = "[a-z]{2,12}(-[a-z]{2,12})?"
 _FREE_PHRASE = f"{_FREE_WORD}( {_FREE_WORD}){{0,3}}"
@@ -134,10 +143,12 @@ def read_request(
         messages, add_generation_prompt=True, return_dict=False
     )
     total = min(settings.limits.max_total_tokens, engine.max_model_len)
-    if len(prompt) + 256 > total:
+    answer = answer_tokens(settings)
+    if len(prompt) + answer + _LEAST_THOUGHT > total:
         raise RequestError(
-            f"the prompt takes {len(prompt)} of {total} tokens, which leaves no room to think: "
-            "lower history_length or raise the engine's max_model_len"
+            f"the prompt takes {len(prompt)} of {total} tokens and the answer about {answer}, "
+            "which leaves no room to think: lower history_length or k, or raise the engine's "
+            "max_model_len"
         )
     return {
         "run": settings.model_dump(mode="json"),
@@ -189,7 +200,7 @@ async def think(resources: Resources, state: State) -> dict[str, Any]:
 def _stop(step: Step, reason: StopReason, detail: str = "") -> dict[str, Any]:
     """End the thinking: keep the last thought, and say why it ended where no list will come."""
     failed = reason != "answered" and (
-        step.settings.on_limit == "fail" or reason in ("time_budget", "engine_failure")
+        step.settings.on_limit == "fail" or reason == "time_budget" or reason in OUTAGES
     )
     parsed = protocol.parse_turn(step.text(since_list=True))
     turns = [Turn(thought=parsed.thought).model_dump()] if parsed.thought else []
@@ -226,7 +237,8 @@ async def _think_guided(resources: Resources, step: Step, state: State) -> StopR
     """
     reserve = step.answer_reserve()
     turns = state.get("turns", [])
-    may_stop = len(turns) >= step.limits.min_retrievals
+    # A refused search doesn't count as one that was made, but does towards their bound.
+    may_stop = sum(turn["refused"] is None for turn in turns) >= step.limits.min_retrievals
     may_search = len(turns) < step.limits.max_retrievals
     lead = _LEADS[len(turns) % len(_LEADS)] if may_search else _LAST_LEAD
     step.write("forced", lead if turns else f"{protocol.BEGIN_THINK}\n{lead}")
@@ -292,6 +304,8 @@ async def call_trm(resources: Resources, state: State) -> dict[str, Any]:
                 found = await retrieve(resources, state, preference, step.settings.retrieve_n)
         except (TimeoutError, LimitReachedError):
             return _stop(step, "time_budget", "the time budget ran out in a retrieval")
+        except CatalogError as error:
+            return _stop(step, "retrieval_failure", str(error))
     numbers = numbering([*turns, {"retrieved": [item.model_dump() for item in found]}])
     text = (
         protocol.render_refusal(refused)
@@ -300,18 +314,12 @@ async def call_trm(resources: Resources, state: State) -> dict[str, Any]:
             [resources.listed(item.id) for item in found], numbers, step.settings.answer_form
         )
     )
-    ids = encode_list(step, resources, text)
-    if ids is None:
+    ids = step.encode(text)
+    if len(ids) > step.room(reserve=step.answer_reserve()):
         return _stop(step, "trajectory_length", "a retrieved list doesn't fit any more")
     step.write_ids("environment", ids)
     turn = Turn(thought=pending["thought"], preference=preference, retrieved=found, refused=refused)
     return step.update(pending=None, turns=[turn.model_dump()])
-
-
-def encode_list(step: Step, resources: Resources, text: str) -> list[int] | None:
-    """Tokens of the environment's words, None where they would eat the answer's room."""
-    ids = list(resources.engine.tokenizer.encode(text, add_special_tokens=False))
-    return ids if len(ids) <= step.room(reserve=step.answer_reserve()) else None
 
 
 def _refusal(preference: str | None, turns: Sequence[Mapping[str, Any]]) -> str | None:

@@ -6,16 +6,17 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+from ..errors import CatalogError
 from . import protocol
 from .engine.base import Constraint
 from .format_rules import check_format
 from .fusion import reciprocal_rank_fusion
 from .nodes import Resources, numbering, retrieve
-from .run import LimitReachedError, Step, closing
+from .run import MIN_GENERATION, LimitReachedError, Step, closing
 from .state import Recommendation, Source, State, StopReason, Usage
 
-_LINE_TOKENS = 256
 _END_TOKENS = 2
+_SLACK = 1.5  # a grammar lets a line be spelled in more tokens than the tokenizer would take
 
 
 async def rank(resources: Resources, state: State) -> dict[str, Any]:
@@ -112,18 +113,27 @@ async def _choose_lines(
     """Guided answer: line by line the policy picks among what is retrieved and not yet listed."""
     by_number = step.settings.answer_form == "numbers"
     labels = [f"#{numbers[item.id]}" if by_number else item.title for item in candidates]
+    lengths = {label: len(step.encode(f" {label}\n")) for label in labels}
+    tokens = {label: max(MIN_GENERATION, int(_SLACK * n)) for label, n in lengths.items()}
+    end = step.encode(protocol.END_ANSWER)
     for position in range(1, min(step.settings.k, len(labels)) + 1):
-        step.write("forced", f"{position}.")
+        number = step.encode(f"{position}.")
+        room = step.room(reserve=len(number) + len(end) + 1)
+        fitting = [label for label in labels if tokens[label] <= room]
+        if not fitting:
+            break  # the rest is filled
+        step.write_ids("forced", number)
         result = await step.generate(
-            max_tokens=_LINE_TOKENS,
+            max_tokens=max(tokens[label] for label in fitting),
             stop=("\n",),
-            constraint=Constraint(choices=tuple(f" {label}\n" for label in labels)),
+            constraint=Constraint(choices=tuple(f" {label}\n" for label in fitting)),
+            reserve=len(end) + 1,
         )
         written = step.pieces()[-1][1].strip() if result.finish == "stop" else ""
         if written not in labels:
-            break  # cut off by a limit; the rest is filled
+            break  # cut off all the same; the rest is filled
         labels.remove(written)
-    step.write("forced", protocol.END_ANSWER)
+    step.write_ids("forced", end)
     step.write_ids("forced", [step.eos_token_id])
 
 
@@ -141,8 +151,9 @@ async def _lines(
         for item_id in fused:
             lines.setdefault(item_id, "fused")
         if len(lines) < k:
-            for item in await retrieve(resources, state, None, k + len(lines)):
-                lines.setdefault(item.id, "trm")
+            with suppress(CatalogError):  # a shorter list is better than none
+                for item in await retrieve(resources, state, None, k + len(lines)):
+                    lines.setdefault(item.id, "trm")
     return list(lines.items())[:k]
 
 

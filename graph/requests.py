@@ -56,8 +56,11 @@ def resolve_request(
     """
     from ..tools.filters import Filters
 
-    changes = {"k": request.k, "limits": request.limits}
-    settings = defaults.model_copy(update={n: v for n, v in changes.items() if v is not None})
+    changes: dict[str, object] = {} if request.k is None else {"k": request.k}
+    if request.limits is not None:
+        given = request.limits.model_dump(exclude_unset=True)
+        changes["limits"] = defaults.limits.model_copy(update=given)
+    settings = defaults.model_copy(update=changes)
     history = _history(request, catalog, histories)
     filters = Filters.parse(request.filters)
     eligible = catalog.snapshot.allowed(history, filters).count
@@ -81,12 +84,14 @@ def _history(
                 f"user {request.user_id!r} is unknown: {len(histories)} users are "
                 "known; give a history of titles instead"
             )
-        ids = tuple(known)
-    else:
         index = catalog.snapshot.index
-        ids = tuple(
-            text if text in index else catalog.resolve_title(text) for text in request.history or ()
-        )
+        ids = tuple(item for item in known if item in index)  # an item may have been removed since
+        if known and not ids:
+            raise RequestError(
+                f"the catalog holds no item of user {request.user_id!r}'s history any more"
+            )
+    else:
+        ids = tuple(catalog.resolve(text) for text in request.history or ())
     if not ids:
         raise RequestError("the history is empty: give at least one item that the user liked")
     return ids

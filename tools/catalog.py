@@ -5,28 +5,32 @@ answers from it; an update writes to Chroma first and then replaces the snapshot
 readers in other threads see the old catalog or the new one. One process at a time may update.
 """
 
+import math
 import threading
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..errors import CatalogError, RequestError
+from ..errors import AmbiguousTitleError, CatalogError, RequestError
 from . import search
 from .chroma_client import CatalogSettings
 from .chroma_store import ChromaStore, Fingerprint, Progress, Rows
-from .filters import Filters
 from .interactions import Item
 from .search import Allowed
-from .snapshot import NO_FILTERS, Snapshot, merge, some, take
+from .snapshot import Snapshot, merge, some, take
 from .titles import sanitise_attributes
 
-__all__ = ["Catalog", "CatalogSettings", "Fingerprint", "Snapshot"]
+__all__ = ["ID_MARK", "Candidates", "Catalog", "CatalogSettings", "Fingerprint", "Snapshot"]
+
+ID_MARK = "id:"
+"""Stands before an id that is not to be read as a title."""
 
 _WIDENED = 4  # HNSW asks for so many times more whenever a filter left too few
 _POOL = 100  # candidates of one vector, at least
@@ -34,6 +38,13 @@ _POOL = 100  # candidates of one vector, at least
 
 def _silent(done: int, total: int) -> None:
     pass
+
+
+class Candidates(NamedTuple):
+    """What lists are chosen from, for B users."""
+
+    positions: Tensor | None  # [B, c]; None: all items in order
+    scores: list[Tensor]  # [B, c] for each of the vectors asked for, -inf where not allowed
 
 
 class Catalog:
@@ -158,49 +169,42 @@ class Catalog:
         now = self._snapshot
         return now.ids[now.title_index.resolve(text)]
 
-    def search(
-        self,
-        user_vectors: NDArray[np.float32] | Tensor,
-        k: int,
-        *,
-        exclude: Sequence[Collection[str]] | None = None,
-        filters: Sequence[Filters] | None = None,
-    ) -> list[list[tuple[str, float]]]:
-        """For each user vector `[B, dim]` the k items of the largest inner product, best first.
+    def resolve(self, text: str) -> str:
+        """The id of the item that a text names by id or by title.
 
-        `exclude` and `filters` hold one entry a row. Fewer than k items come back only where
-        fewer are allowed. Raises RequestError for k < 1 or an unknown filter.
+        After ID_MARK stands an id and nothing else. Raises AmbiguousTitleError with the
+        candidates where the text fits several items, also where it is the id of one and the
+        title of another; RequestError with what is similar where it fits none.
         """
-        if k < 1:
-            raise RequestError(f"k is {k}. Ask for at least 1 item.")
         now = self._snapshot
-        users = torch.as_tensor(user_vectors, dtype=torch.float32)
-        allowed = [
-            now.allowed(exclude[row] if exclude else (), filters[row] if filters else NO_FILTERS)
-            for row in range(len(users))
-        ]
-        answers: list[list[tuple[str, float]]] = []
-        for at in search.chunks(len(users), len(now)):
-            positions, (scores,) = self.candidates(now, [users[at]], k, allowed[at])
-            best = scores.topk(min(k, scores.shape[1]), dim=1)
-            for row, may in enumerate(allowed[at]):
-                found = best.indices[row, : may.count]
-                where = (positions[row][found] if positions is not None else found).tolist()
-                values = best.values[row, : may.count].tolist()
-                answers.append([(now.ids[w], s) for w, s in zip(where, values, strict=True)])
-        return answers
+        marked = text.removeprefix(ID_MARK).strip()
+        id_ = text if text in now.index else text.strip()
+        if text.startswith(ID_MARK) and marked in now.index:
+            return marked
+        if id_ in now.index:
+            at = now.index[id_]
+            others = [other for other in now.title_index.titled(id_) if other != at]
+            if others:
+                raise AmbiguousTitleError(
+                    text, [(now.ids[fits], now.titles[fits]) for fits in (at, *others)]
+                )
+            return id_
+        if text.startswith(ID_MARK):
+            raise RequestError(
+                f"no item has the id {marked!r}. Check the id, or type a title without {ID_MARK!r}."
+            )
+        return self.resolve_title(text)
 
     def candidates(
         self, now: Snapshot, users: Sequence[Tensor], k: int, allowed: Sequence[Allowed]
-    ) -> tuple[Tensor | None, list[Tensor]]:
+    ) -> Candidates:
         """What lists of k are chosen from, for several vectors `[B, dim]` of the same B users.
 
-        Gives positions `[B, c]` (None: all items in order) and for each of `users` the scores
-        `[B, c]`, -inf where not allowed. With HNSW c covers the best of each vector: k, and enough
-        of them for the sums that a blend normalises by.
+        With HNSW they are the best of each vector: k or more of each, where so many are allowed.
         """
         if self.settings.search == "exact":
-            return None, [search.scores(vectors, now.matrix, allowed) for vectors in users]
+            scores = [search.scores(vectors, now.matrix, allowed) for vectors in users]
+            return Candidates(None, scores)
         pools = self._pools(now, users, k, allowed)
         width = max((len(pool) for pool in pools), default=0)
         positions = torch.zeros((len(pools), width), dtype=torch.long)
@@ -210,7 +214,31 @@ class Catalog:
             near = now.matrix[positions[row, : len(pool)]]
             for vectors, of in zip(users, scores, strict=True):
                 of[row, : len(pool)] = near @ vectors[row]
-        return positions, scores
+        return Candidates(positions, scores)
+
+    def log_z(
+        self,
+        now: Snapshot,
+        users: Sequence[Tensor],
+        found: Candidates,
+        allowed: Sequence[Allowed],
+    ) -> list[Tensor] | None:
+        """For each of `users` log sum exp `[B]` of the scores of all allowed items.
+
+        None where `found` holds them all. Otherwise what HNSW did not find is estimated by a
+        uniform sample of it, always the same.
+        """
+        if found.positions is None:
+            return None
+        sums = [torch.empty(len(allowed)) for _ in users]
+        for row, may in enumerate(allowed):
+            held = found.positions[row][found.scores[0][row] > float("-inf")]
+            sample, each = search.sample_rest(may, held.numpy())
+            near = now.matrix[torch.from_numpy(sample)]
+            for vectors, scores, of in zip(users, found.scores, sums, strict=True):
+                rest = near @ vectors[row] + math.log(each)
+                of[row] = torch.cat([scores[row], rest]).logsumexp(0)
+        return sums
 
     def _pools(
         self, now: Snapshot, users: Sequence[Tensor], k: int, allowed: Sequence[Allowed]

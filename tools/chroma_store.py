@@ -3,6 +3,10 @@
 Two collections: one row an item (id, text, attributes, TRM vector, searched by HNSW), and one row
 a text embedding. An item's row names its text row by content, and the text row is written first
 and the old one removed last, so a process killed in between leaves the old item or the new one.
+
+HNSW's graph is sound for distances, and inner products are none: of TRM vectors, which share a
+large mean, it found half. So each is stored with one more coordinate, sqrt(radius² - |v|²), which
+makes all equally long; distance to (user, 0) then orders them as the inner product does.
 """
 
 import hashlib
@@ -37,10 +41,12 @@ from .chroma_client import (
 from .interactions import Item, item_text
 from .titles import sanitise, sanitise_attributes
 
-SCHEMA = 1
+SCHEMA = 2
 _PAGE = 4000  # rows read at a time
 _DOCUMENT_CHARS = 10_000
 _PROBES, _PROBE_HITS = 8, 10
+_ROUNDING = 1e-5  # of squared lengths, by which float32 may blur the order of products
+_HEADROOM = 1.25  # radius over the longest vector: items added later may be longer
 _T = TypeVar("_T")
 _P = ParamSpec("_P")
 Progress = Callable[[int, int], None]  # (done, total)
@@ -79,6 +85,7 @@ class ChromaStore:
         """Raises CatalogError if there is no such catalog or it has another schema."""
         self.settings = settings
         self._client = client
+        self._closed = False
         with explained(settings):
             try:
                 self._vectors = client.get_collection(name, embedding_function=None)
@@ -91,6 +98,7 @@ class ChromaStore:
                     f"the catalog at {settings.where} has schema {schema}; this version reads "
                     f"schema {SCHEMA}. {REBUILD}."
                 )
+            self._radius = float(str(self.about["radius"]))
             self._texts = client.get_collection(str(self.about["texts"]), embedding_function=None)
             self._batch = client.get_max_batch_size()
 
@@ -172,10 +180,11 @@ class ChromaStore:
         with explained(settings):
             try:
                 # The text embeddings are never searched, only read back.
-                plain = {"hnsw": {"space": "ip", "max_neighbors": 4}}
+                plain = {"hnsw": {"space": "l2", "max_neighbors": 4}}
                 call(settings, partial(create, texts, configuration=plain))
-                about = {"schema": SCHEMA, "texts": texts, **asdict(fingerprint)}
-                tuned = {"hnsw": {"space": "ip", **hnsw}}
+                radius = _HEADROOM * float(np.linalg.norm(rows.vectors, axis=1).max())
+                about = {"schema": SCHEMA, "texts": texts, "radius": radius, **asdict(fingerprint)}
+                tuned = {"hnsw": {"space": "l2", **hnsw}}
                 call(settings, partial(create, fresh, metadata=about, configuration=tuned))
                 cls(settings, client, fresh).write(rows, progress=progress)
                 if name in _names(client):
@@ -185,7 +194,10 @@ class ChromaStore:
                 _sweep(client, name)
 
     def close(self) -> None:
-        """Let go of the database; the object can't be used afterwards."""
+        """Let go of the database; the object can't be used afterwards, but closed again."""
+        if self._closed:
+            return
+        self._closed = True
         if self.settings.folder is not None:
             _open_folders[_real(self.settings.folder)] -= 1
         self._client.close()
@@ -217,12 +229,12 @@ class ChromaStore:
             page = self._call(
                 self._vectors.get, limit=_PAGE, offset=offset, include=["embeddings", "metadatas"]
             )
-            vectors = np.asarray(page["embeddings"], dtype=np.float32)
+            lifted = np.asarray(page["embeddings"], dtype=np.float32)
             rows = []
-            for id_, row, vector in zip(page["ids"], page["metadatas"] or (), vectors, strict=True):
+            for id_, row, vector in zip(page["ids"], page["metadatas"] or (), lifted, strict=True):
                 try:
                     item, intact = _decode(str(row["item"])), row["vector"] == _digest(vector)
-                    rows.append((int(str(row["order"])), str(row["text"]), item, vector))
+                    rows.append((int(str(row["order"])), str(row["text"]), item, vector[:-1]))
                 except (KeyError, ValueError, TypeError, DataError) as error:
                     raise self._damaged(f"the row of item {id_!r} can't be read") from error
                 if not intact or item.id != id_:
@@ -241,21 +253,25 @@ class ChromaStore:
         """Search for some stored vectors: an index that lost its files still answers, badly."""
         probes = rows.vectors[:: max(1, len(rows) // _PROBES)][:_PROBES]
         hits = min(_PROBE_HITS, len(rows))
-        best = np.argsort(-(probes @ rows.vectors.T), axis=1)[:, :hits]
+        scores = probes @ rows.vectors.T
+        # By score, not by id: where vectors are equal, any of their items is a right answer.
+        lengths = (probes**2).sum(axis=1) + self._radius**2
+        least = np.partition(scores, -hits, axis=1)[:, -hits] - _ROUNDING * lengths
+        position = {item.id: at for at, item in enumerate(rows.items)}
         found = self.query(probes, hits)
-        agreement = [
-            len({rows.items[at].id for at in wanted}.intersection(ids)) / hits
-            for wanted, ids in zip(best, found, strict=True)
+        right = [
+            ids.count(id_) == 1 and id_ in position and scores[row, position[id_]] >= least[row]
+            for row, ids in enumerate(found)
+            for id_ in ids
         ]
-        if any(len(ids) != hits for ids in found) or sum(agreement) < 0.5 * len(agreement):
+        if any(len(ids) != hits for ids in found) or sum(right) < 0.5 * len(right):
             raise self._damaged("its search index does not find the vectors that it holds")
 
     def query(self, vectors: NDArray[np.float32], n: int) -> list[list[str]]:
         """The ids of about the n largest inner products of each row, best first (HNSW)."""
+        flat = np.pad(vectors, ((0, 0), (0, 1)))
         with explained(self.settings):
-            answer = self._call(
-                self._vectors.query, query_embeddings=vectors, n_results=n, include=[]
-            )
+            answer = self._call(self._vectors.query, query_embeddings=flat, n_results=n, include=[])
         return list(answer["ids"])
 
     def write(self, rows: Rows, *, old: Rows | None = None, progress: Progress) -> Rows:
@@ -265,6 +281,8 @@ class ChromaStore:
             for item, row in zip(rows.items, rows.text_embeddings, strict=True)
         ]
         order = rows.order or list(range(len(rows)))
+        rest = self._radius**2 - (rows.vectors**2).sum(axis=1, keepdims=True)
+        lifted = np.hstack([rows.vectors, np.sqrt(rest.clip(min=0))]).astype(np.float32)
         stale = {item.id: _metadata(item, 0, "", "") for item in old.items} if old else {}
         with explained(self.settings):
             for at in self._batches(len(rows)):
@@ -275,13 +293,13 @@ class ChromaStore:
                     dict.fromkeys(stale.get(item.id, ()))
                     | _metadata(item, position, key, _digest(vector))
                     for item, position, key, vector in zip(
-                        items, order[at], keys[at], rows.vectors[at], strict=True
+                        items, order[at], keys[at], lifted[at], strict=True
                     )
                 ]
                 self._call(
                     self._vectors.upsert,
                     ids=[item.id for item in items],
-                    embeddings=rows.vectors[at],
+                    embeddings=lifted[at],
                     documents=[sanitise(item_text(item), limit=_DOCUMENT_CHARS) for item in items],
                     metadatas=metadata,
                 )

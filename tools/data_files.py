@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import re
+import sys
 import time
 import zlib
 from array import array
@@ -158,8 +159,10 @@ class Rows:
         if not 0 <= time <= self._latest:
             fail(self.path, row, _time_problem(time))
         if self.min_rating is not None:
-            if rating is None or not math.isfinite(rating):
-                fail(self.path, row, f"rating {rating} is no number, and min_rating is set")
+            # Comparing holds for NaN, infinities and whole numbers beyond any float.
+            if rating is None or not abs(rating) <= sys.float_info.max:
+                shown = str(rating)[:40]
+                fail(self.path, row, f"rating {shown} is no finite number, and min_rating is set")
             if rating < self.min_rating:
                 return
         self.users.append(self.user_codes.setdefault(user, len(self.user_codes)))
@@ -199,6 +202,19 @@ class Table:
         _require([name], self.data.column_names, self.path)
         return self.data[name]
 
+    def _cast(self, name: str, type_: pa.DataType) -> pa.ChunkedArray:
+        """A column as text or lists of it, which Arrow otherwise takes for UTF-8 on trust."""
+        column = self.column(name)
+        try:
+            text = column.cast(type_)
+            text.validate(full=True)
+        except pa.ArrowException as error:
+            problem = f"is {column.type} and can't be read as {type_}: {str(error)[:200]}"
+            raise DataError(
+                f"{self.path}: column {name!r} {problem}. Convert it to text in UTF-8."
+            ) from error
+        return text
+
     def ids(self, name: str) -> tuple[NDArray[np.int32], list[str]]:
         """A column of ids (text or whole numbers): codes by row, and the id of each code."""
         column = self.column(name)
@@ -207,7 +223,7 @@ class Table:
                 f"{self.path}: column {name!r} holds {column.type}; ids must be text or integers. "
                 "Convert the column."
             )
-        text = pc.utf8_trim_whitespace(column.cast(pa.string()))
+        text = pc.utf8_trim_whitespace(self._cast(name, pa.string()))
         encoded = text.dictionary_encode(null_encoding="encode").combine_chunks()
         codes, ids = encoded.indices.to_numpy(), encoded.dictionary.to_pylist()
         for code, id_ in enumerate(ids):
@@ -220,14 +236,16 @@ class Table:
         """A column as text; nothing where a value is missing."""
         column = self.column(name)
         if pa.types.is_nested(column.type):
-            raise DataError(f"{self.path}: column {name!r} holds {column.type}, not text.")
-        return cast(list[str], pc.fill_null(column.cast(pa.string()), "").to_pylist())
+            raise DataError(
+                f"{self.path}: column {name!r} holds {column.type}, not text. Convert the column."
+            )
+        return cast(list[str], pc.fill_null(self._cast(name, pa.string()), "").to_pylist())
 
     def lists(self, name: str, separator: str | None) -> list[list[str]]:
         """A column of lists; text is split at `separator` (None: it is one value)."""
         column = self.column(name)
         if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
-            texts = column.cast(pa.list_(pa.string())).to_pylist()
+            texts = self._cast(name, pa.list_(pa.string())).to_pylist()
             return [[value for value in values or [] if value] for values in texts]
         return [text.split(separator) if separator else [text] for text in self.texts(name)]
 
@@ -235,7 +253,7 @@ class Table:
         """A column of numbers; DataError at the first that is missing, no number or not finite."""
         column = self.column(name)
         if _is_text(column.type):
-            column = pc.utf8_trim_whitespace(column.cast(pa.string()))
+            column = pc.utf8_trim_whitespace(self._cast(name, pa.string()))
             fits = pc.fill_null(pc.match_substring_regex(column, _NUMBER), False).to_numpy()
             if not fits.all():
                 index = int(np.argmin(fits))

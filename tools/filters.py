@@ -6,9 +6,11 @@ A filter is a mapping that must hold in all its entries:
 """
 
 import math
+import sys
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,19 +52,8 @@ class Condition:
         """Whether it bounds a number."""
         return self.gte is not None or self.lte is not None
 
-    def holds(self, values: Iterable[str]) -> bool:
-        """Whether an item with these values of the attribute fulfils it."""
-        values = tuple(values)
-        keys = {value_key(value) for value in values}
-        if self.any_of and not keys.intersection(map(value_key, self.any_of)):
-            return False
-        if keys.intersection(map(value_key, self.none_of)):
-            return False
-        return not self.ranged or any(self._inside(number(value)) for value in values)
-
-    def _inside(self, value: float | None) -> bool:
-        if value is None:
-            return False
+    def inside(self, value: float) -> bool:
+        """Whether a number lies within the bounds."""
         above = self.gte is None or value >= self.gte
         return above and (self.lte is None or value <= self.lte)
 
@@ -89,11 +80,6 @@ class Filters:
             )
         return cls(tuple(_condition(name, wanted) for name, wanted in raw.items()))
 
-    def matches(self, item: Item) -> bool:
-        """Whether the item fulfils every condition."""
-        by_key = {value_key(name): values for name, values in item.attributes.items()}
-        return all(c.holds(by_key.get(value_key(c.attribute), ())) for c in self.conditions)
-
 
 class AttributeIndex:
     """The attributes of a sequence of items, laid out so that a filter becomes a mask quickly."""
@@ -117,11 +103,6 @@ class AttributeIndex:
             name: {value: np.array(at, dtype=np.int64) for value, at in values.items()}
             for name, values in postings.items()
         }
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The attributes that some item has."""
-        return tuple(sorted(self._names.values()))
 
     def mask(self, filters: Filters) -> NDArray[np.bool_]:
         """`[items]`, True where every condition holds.
@@ -149,12 +130,11 @@ class AttributeIndex:
             held &= ~self._having(name, condition.none_of)
         if condition.ranged:
             inside = np.zeros(self._size, dtype=bool)
-            numeric = False
-            for value, positions in self._postings[name].items():
-                if number(value) is not None:
-                    numeric = True
-                    inside[positions] |= condition._inside(number(value))
-            if not numeric:
+            numbers = {text: number(text) for text in self._postings[name]}
+            for text, value in numbers.items():
+                if value is not None and condition.inside(value):
+                    inside[self._postings[name][text]] = True
+            if all(value is None for value in numbers.values()):
                 raise RequestError(
                     f"attribute {_show(condition.attribute)} holds no numbers, so it has no range. "
                     f"Known values: {_listed('', self._spelled[name])}."
@@ -225,7 +205,7 @@ def _value(name: str, value: object) -> str:
     if isinstance(value, str):
         if len(value) <= MAX_VALUE_CHARS and value.strip():
             return value
-    elif isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+    elif _is_finite(value):
         return f"{value:.0f}" if float(value).is_integer() else repr(value)
     raise RequestError(
         f"filter on {_show(name)}: {_show(value)} is no value. Give a text of 1 to "
@@ -236,9 +216,18 @@ def _value(name: str, value: object) -> str:
 def _bound(name: str, value: object) -> float:
     if isinstance(value, str):
         value = number(value)
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+    if _is_finite(value):
         return float(value)
-    raise RequestError(f"filter on {_show(name)}: gte and lte must be finite numbers.")
+    raise RequestError(
+        f"filter on {_show(name)}: {_show(value)} is no bound. gte and lte must be finite numbers."
+    )
+
+
+def _is_finite(value: object) -> TypeGuard[int | float]:
+    # Comparing holds for NaN, infinities and whole numbers beyond any float.
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= sys.float_info.max
 
 
 def _listed(text: str, known: Mapping[str, str]) -> str:
@@ -256,4 +245,7 @@ def _listed(text: str, known: Mapping[str, str]) -> str:
 
 
 def _show(value: object) -> str:
-    return repr(value)[:MAX_VALUE_CHARS]
+    try:
+        return repr(value)[:MAX_VALUE_CHARS]
+    except ValueError:  # Python spells no whole number of more than some thousand digits
+        return f"a {type(value).__name__} too long to show"

@@ -12,8 +12,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -27,11 +26,21 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from ..errors import DataError
+from .items import MAX_DESCRIPTION_CHARS, Item, check_encodable, item_text
+from .splits import Split, leave_one_out, statistics
+
+__all__ = [
+    "MANIFEST",
+    "MAX_DESCRIPTION_CHARS",
+    "InteractionData",
+    "Item",
+    "Split",
+    "item_text",
+    "leave_one_out",
+    "statistics",
+]
 
 logger = logging.getLogger(__name__)
-
-MAX_DESCRIPTION_CHARS = 500
-"""`item_text` cuts a description at the last word that ends within this many characters."""
 
 _YEAR_10000 = 253_402_300_800
 _ITEMS, _INTERACTIONS, MANIFEST = "items.parquet", "interactions.parquet", "dataset.json"
@@ -49,50 +58,6 @@ _ITEMS_SCHEMA = _schema(
     description=pa.string(),
 )
 _INTERACTIONS_SCHEMA = _schema(user_id=pa.string(), item_id=pa.string(), time=pa.int64())
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One thing that can be recommended. Raises DataError on an empty id or title.
-
-    `attributes` maps a name to its values, e.g. {"genres": ("Comedy",), "year": ("1995",)}.
-    The text is as it came: whoever renders it neutralises markers and control characters.
-    """
-
-    id: str
-    title: str
-    attributes: Mapping[str, tuple[str, ...]] = field(default_factory=dict, hash=False)
-    description: str = ""
-
-    def __post_init__(self) -> None:
-        if not self.id or not self.title:
-            raise DataError(
-                f"item with id {self.id!r} and title {self.title!r}: both must hold text. "
-                "Give the id as title where there is none."
-            )
-        _check_encodable(f"item {self.id!r}", self.id, self.title, self.description)
-        for name, values in self.attributes.items():
-            _check_encodable(f"item {self.id!r}", name, *values)
-
-
-def item_text(item: Item) -> str:
-    """The text that stands for an item where text is embedded.
-
-    Title, attributes in the order of their names, then the description, cut at
-    MAX_DESCRIPTION_CHARS: "Toy Story. genres: Animation, Comedy. year: 1995. A boy's toys…".
-    """
-    sentences = [_one_line(item.title)]
-    sentences += [
-        f"{name}: {_one_line(', '.join(item.attributes[name]))}"
-        for name in sorted(item.attributes)
-        if item.attributes[name]
-    ]
-    parts = [text if text.endswith((".", "!", "?")) else f"{text}." for text in sentences]
-    description = _one_line(item.description)
-    if len(description) > MAX_DESCRIPTION_CHARS:
-        whole_words = description[: MAX_DESCRIPTION_CHARS + 1].rpartition(" ")[0]
-        description = whole_words or description[:MAX_DESCRIPTION_CHARS]
-    return " ".join([*parts, description]).rstrip()
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,7 +105,7 @@ class InteractionData:
             return "two items have the same id"
         if len(self.user_index) != len(self.user_ids) or "" in self.user_index:
             return "two users have the same id, or one has an empty id"
-        _check_encodable(f"data set {self.name!r}", *self.user_ids)
+        check_encodable(f"data set {self.name!r}", *self.user_ids)
         if items.min() < 0 or items.max() >= len(self.items):
             return f"an item index lies outside 0 to {len(self.items) - 1}"
         steps = np.diff(users)
@@ -389,82 +354,10 @@ class _Manifest(BaseModel):
     fingerprint: str
 
 
-@dataclass(frozen=True, eq=False)
-class Split:
-    """Leave-one-out by time: a user's last item is for the test, the one before for validation.
-
-    Users with fewer than three interactions are for training only.
-    """
-
-    train: tuple[NDArray[np.int32], ...]  # per user, item indices oldest to newest
-    valid: NDArray[np.int32]  # [users] item index, -1 = none
-    test: NDArray[np.int32]  # [users] item index, -1 = none
-
-    def valid_history(self, user_index: int) -> NDArray[np.int32]:
-        """What is known of a user when the validation target is to be predicted."""
-        return self.train[user_index]
-
-    def test_history(self, user_index: int) -> NDArray[np.int32]:
-        """What is known of a user when the test target is to be predicted."""
-        if self.valid[user_index] < 0:
-            return self.train[user_index]
-        return np.append(self.train[user_index], self.valid[user_index])
-
-
-def leave_one_out(data: InteractionData) -> Split:
-    """Split each user's sequence: all but the last two, the last but one, the last."""
-    sequences = [data.sequence(user) for user in range(len(data.user_ids))]
-    return Split(
-        train=tuple(s[:-2] if len(s) >= 3 else s for s in sequences),
-        valid=np.array([s[-2] if len(s) >= 3 else -1 for s in sequences], dtype=np.int32),
-        test=np.array([s[-1] if len(s) >= 3 else -1 for s in sequences], dtype=np.int32),
-    )
-
-
-def statistics(data: InteractionData) -> dict[str, int | float | str]:
-    """What a README's table says about a data set.
-
-    `density` is distinct (user, item) pairs over all pairs. An interaction is repeated if the
-    user had the same item before; `repeated_test_items` counts the users whose test item is
-    such a repeat (a recommender that excludes what was seen can't hit it).
-    """
-    lengths = np.bincount(data.users)
-    pairs = data.users.astype(np.int64) * len(data.items) + data.item_indices
-    first = np.unique(pairs, return_index=True)[1]
-    repeated = np.ones(len(pairs), dtype=bool)
-    repeated[first] = False
-    last_rows = np.cumsum(lengths) - 1
-    return {
-        "users": len(data.user_ids),
-        "items": len(data.items),
-        "interactions": len(pairs),
-        "density": len(first) / (len(data.user_ids) * len(data.items)),
-        "mean_length": float(lengths.mean()),
-        "median_length": float(np.median(lengths)),
-        "min_length": int(lengths.min()),
-        "max_length": int(lengths.max()),
-        "repeated_interactions": int(repeated.sum()),
-        "repeated_test_items": int(repeated[last_rows[lengths >= 3]].sum()),
-        "untitled_items": sum(item.title == item.id for item in data.items),
-        "first_day": datetime.fromtimestamp(int(data.times.min()), UTC).date().isoformat(),
-        "last_day": datetime.fromtimestamp(int(data.times.max()), UTC).date().isoformat(),
-    }
-
-
 def _compact(codes: NDArray[np.integer], count: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
     """Codes renumbered without gaps, and the old code of each new one."""
     used = np.bincount(codes, minlength=count) > 0
     return (np.cumsum(used) - 1)[codes].astype(np.int32), np.flatnonzero(used)
-
-
-def _check_encodable(what: str, *texts: str) -> None:
-    try:
-        "\n".join(texts).encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{what} holds {error.object[error.start]!r}, half of a surrogate pair, which no "
-            "file or tokenizer can hold. Repair the text in the source."
-        ) from error
 
 
 def _check_replaceable(folder: Path) -> None:
@@ -486,7 +379,3 @@ def _damaged(folder: Path, why: str) -> DataError:
         f"the data set in {folder} is damaged or was written by another version: {why}. "
         "Prepare it again from its source."
     )
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())

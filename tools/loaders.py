@@ -41,7 +41,11 @@ _DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
 def load(
-    path: Path | str, format: str = "auto", *, name: str | None = None, **options: object
+    path: Path | str,
+    format: str = "auto",
+    *,
+    name: str | None = None,
+    options: Mapping[str, object] | None = None,
 ) -> InteractionData:
     """Read a data set. `format` is a key of FORMATS, or "auto" to tell it from the files.
 
@@ -49,7 +53,8 @@ def load(
     (a sequence as "a,b"); `name` defaults to the file's or folder's.
     Raises DataError with file, row and remedy for whatever can't be read.
     """
-    path = Path(path)
+    path, options = Path(path), options or {}
+    _check_exists(path)
     format = detect_format(path) if format == "auto" else format
     if format not in FORMATS:
         raise DataError(f"unknown data format {format!r}. Known: {', '.join(FORMATS)}, auto.")
@@ -83,8 +88,7 @@ def _typed(option: str, value: object, hint: Any) -> object:
 def detect_format(path: Path | str) -> str:
     """The format of a file or folder, where its names leave no doubt; DataError otherwise."""
     path = Path(path)
-    if not path.exists():
-        raise DataError(f"{path} does not exist. Name a data file or the folder that holds it.")
+    _check_exists(path)
     if (path / MANIFEST).is_file():
         raise DataError(f"{path} is already a prepared data set. Use it as it is.")
     files = sorted(path.iterdir()) if path.is_dir() else [path]
@@ -103,6 +107,11 @@ def detect_format(path: Path | str) -> str:
             f"Name it: {', '.join(FORMATS)}. A table is named by its file, not its folder."
         )
     return found[0]
+
+
+def _check_exists(path: Path) -> None:
+    if not path.exists():
+        raise DataError(f"{path} does not exist. Name a data file or the folder that holds it.")
 
 
 def load_recbole(

@@ -14,6 +14,20 @@ if TYPE_CHECKING:
 
 
 @contextmanager
+def counted(console: Console, title: str) -> Iterator[Callable[[int, int], None]]:
+    """Yield a callback that takes how many are done, and of how many."""
+    columns = (
+        TextColumn("  {task.description:<24}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+@contextmanager
 def trm_progress(console: Console) -> Iterator[Callable[[FitProgress], None]]:
     """Yield the callback of `fit`: a bar for the preferences, one for the steps."""
     columns = (

@@ -23,7 +23,8 @@ class RetrieveItemsArgs(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     history: list[str] = Field(
-        description="Items the user liked, oldest first: catalog ids or titles.",
+        description="Items the user liked, oldest first: catalog ids or titles; 'id:' before an "
+        "id tells it from a title.",
         min_length=1,
         max_length=MAX_HISTORY,
         examples=[["Toy Story", "Aladdin"]],
@@ -66,8 +67,7 @@ def retrieve_items_tool(retriever: Retriever, catalog: Catalog) -> StructuredToo
         k: int,
         filters: dict[str, _FilterValue | list[_FilterValue] | _FilterRange] | None,
     ) -> RetrievalRequest:
-        held = catalog.snapshot.index
-        ids = tuple(text if text in held else catalog.resolve_title(text) for text in history)
+        ids = tuple(catalog.resolve(text) for text in history)
         return RetrievalRequest(ids, preference, k, frozenset(ids), Filters.parse(filters))
 
     def shown(found: list[ScoredItem]) -> list[dict[str, object]]:

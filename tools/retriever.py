@@ -41,7 +41,10 @@ _V = TypeVar("_V")
 
 @dataclass(frozen=True)
 class RetrievalRequest:
-    """What is asked for. `history` and `exclude` hold item ids, the history oldest first."""
+    """What is asked for. `history` and `exclude` hold item ids, the history oldest first.
+
+    Ids that the catalog does not hold, such as those of items removed since, are left out.
+    """
 
     history: tuple[str, ...]
     preference: str | None = None  # None or blank: the history alone decides
@@ -107,9 +110,9 @@ class Retriever:
     def submit(self, request: RetrievalRequest) -> "Future[list[ScoredItem]]":
         """Queue a request; its future gives the items, best first.
 
-        The future raises RequestError for an empty history, unknown ids or filters, and a k
-        below 1 or above the number of eligible items. Cancelling it before it runs frees its
-        place. Callable from any thread or event loop (`asyncio.wrap_future`).
+        The future raises RequestError for a history without any item of the catalog, unknown
+        filters, and a k below 1 or above the number of eligible items. Cancelling it before it
+        runs frees its place. Callable from any thread or event loop (`asyncio.wrap_future`).
         """
         future: Future[_Answer] = Future()
         with self._wake:
@@ -205,11 +208,12 @@ class Retriever:
     def _validated(self, request: RetrievalRequest, now: Snapshot) -> _Job:
         if not request.history:
             raise RequestError("the history is empty. Give at least one item that the user liked.")
-        unknown = [id_ for id_ in request.history if id_ not in now.index]
-        if unknown:
+        # Items may have been removed since the user had them.
+        history = tuple(id_ for id_ in request.history if id_ in now.index)
+        if not history:
             raise RequestError(
-                f"the history names {some(unknown)}, which the catalog of {len(now)} items does "
-                "not hold. Check the ids."
+                f"the history names {some(request.history)}, and the catalog of {len(now)} items "
+                "holds none of them. Check the ids."
             )
         allowed = now.allowed(request.exclude, request.filters)
         if not 1 <= request.k <= allowed.count:
@@ -218,7 +222,7 @@ class Retriever:
                 f"Ask for 1 to {allowed.count}, or loosen filters and exclusions."
             )
         return _Job(
-            history=request.history[-self._trm.config.history_length :],
+            history=history[-self._trm.config.history_length :],
             preference=sanitise(request.preference or "", limit=MAX_PREFERENCE_CHARS) or None,
             k=request.k,
             allowed=allowed,
@@ -238,11 +242,13 @@ class Retriever:
                     vectors.insert(
                         0, torch.stack([users[job.history, job.preference] for job in chosen])
                     )
-                positions, scores = self._catalog.candidates(
-                    now, vectors, k, [job.allowed for job in chosen]
-                )
+                allowed = [job.allowed for job in chosen]
+                among = self._catalog.candidates(now, vectors, k, allowed)
+                positions, scores = among
                 if asked:
-                    order = blend(scores[0], scores[1], k)
+                    sums = self._catalog.log_z(now, vectors, among, allowed)
+                    log_z = (sums[0], sums[1]) if sums else None
+                    order = blend(scores[0], scores[1], k, log_z=log_z)
                 else:
                     order = scores[0].topk(k, dim=1).indices
                 values = scores[0].gather(1, order).tolist()

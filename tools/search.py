@@ -6,6 +6,7 @@ scores stay where the TRM and the blend of lists need them.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 NOTHING = np.zeros(0, dtype=np.int64)
 _MAX_SCORES = 2**25  # scores held at a time: 128 MiB
+_SAMPLE = 2048  # items that stand for all that were not scored
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,25 @@ def scores(users: Tensor, items: Tensor, allowed: Sequence[Allowed]) -> Tensor:
         if len(may.excluded):
             found[row, torch.from_numpy(may.excluded)] = float("-inf")
     return found
+
+
+def sample_rest(may: Allowed, found: NDArray[np.int64]) -> tuple[NDArray[np.int64], float]:
+    """Positions of a uniform sample of the allowed items that `found` does not hold, and how many
+    items each of them stands for. The same question has the same answer.
+    """
+    if may.mask is None:
+        drawn = _drawn(may.size)
+    else:
+        open_ = np.flatnonzero(may.mask)
+        drawn = open_[_drawn(len(open_))]
+    sample = drawn[may.of(drawn) & ~np.isin(drawn, found)]
+    return sample, (may.count - len(found)) / len(sample) if len(sample) else 1.0
+
+
+@lru_cache(maxsize=64)
+def _drawn(n: int) -> NDArray[np.int64]:
+    """Some of 0 to n - 1, all where n is small."""
+    return np.random.default_rng(0).choice(n, min(n, _SAMPLE), replace=False)
 
 
 def chunks(rows: int, columns: int) -> list[slice]:

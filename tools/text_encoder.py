@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from sentence_transformers import SentenceTransformer
+from transformers import PreTrainedModel
 
 from ..errors import EncoderError
 from .interactions import Item, item_text
@@ -42,11 +43,11 @@ class TextEncoder:
             )
         try:
             self._model = SentenceTransformer(model, device=device)
-        except (OSError, ValueError, RuntimeError, KeyError) as error:
+        except Exception as error:  # the boundary: readers of damaged files raise anything
             raise EncoderError(
-                f"can't load the sentence encoder {model!r}: {error}. Give a hub name such as "
-                "'sentence-transformers/all-MiniLM-L6-v2' or the folder of a "
-                "sentence-transformers model."
+                f"can't load the sentence encoder {model!r}, which is none or damaged: {error}. "
+                "Give a hub name such as 'sentence-transformers/all-MiniLM-L6-v2' or the folder "
+                "of a sentence-transformers model."
             ) from error
         dim = self._model.get_embedding_dimension()
         if not dim:
@@ -118,13 +119,22 @@ def item_embeddings(
 
 
 def _fingerprint(model: SentenceTransformer) -> str:
-    """Hash of everything that decides a vector: modules, prompts, tokenizer, weights."""
+    """Hash of everything that decides a vector: modules, prompts, tokenizer, weights.
+
+    Nothing of the place, the machine or the versions at hand.
+    """
     digest = hashlib.sha256()
+    parts = list(model.modules())
     about = {
         "modules": [type(module).__name__ for module in model],
-        "pooling": [str(getattr(module, "pooling_mode", "")) for module in model],
+        "options": [part.get_config_dict() for part in parts if hasattr(part, "get_config_dict")],
+        "architectures": [
+            _without_origin(part.config.to_diff_dict())
+            for part in parts
+            if isinstance(part, PreTrainedModel)
+        ],
         "max_seq_length": model.max_seq_length,
-        "prompts": dict(sorted(model.prompts.items())),
+        "prompts": model.prompts,
     }
     digest.update(json.dumps(about, sort_keys=True, default=str).encode())
     backend = getattr(model.tokenizer, "backend_tokenizer", None)
@@ -136,8 +146,20 @@ def _fingerprint(model: SentenceTransformer) -> str:
         digest.update(json.dumps(vocabulary, sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().to("cpu").contiguous().view(torch.uint8).numpy().tobytes())
+        flat = tensor.detach().to("cpu").reshape(-1).contiguous()  # a lone number has no last axis
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _without_origin(config: object) -> object:
+    """A model's configuration without where it came from and what wrote it."""
+    if isinstance(config, dict):
+        return {
+            key: _without_origin(value)
+            for key, value in config.items()
+            if key not in ("_name_or_path", "transformers_version")
+        }
+    return config
 
 
 def _read_cache(path: Path, key: str, shape: tuple[int, int]) -> np.ndarray | None:

@@ -258,6 +258,10 @@ class TitleIndex:
                 core[key].append(position)
         return dict(full), dict(core)
 
+    def titled(self, text: str) -> list[int]:
+        """Positions of the items with this very title, by case, width and white space aside."""
+        return self._exact.get(_exact_key(sanitise(text)), [])
+
     def resolve(self, text: str) -> int:
         """Position of the item whose title was typed.
 

@@ -11,7 +11,7 @@ Each step below makes one of them from those before it; loading is lazy and happ
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,24 +47,48 @@ class Workspace:
 
     def ensure_assets(self, notify: Callable[[str], None] = lambda _: None) -> None:
         """Fetch the demo's models where the settings name no others. Raises AssetError."""
-        if self.settings.model is None or self.settings.encoder is None:
-            ensure_assets(self.settings.assets_dir, notify=notify)
+        chosen = self.settings
+        pairs = ((chosen.model, chosen.model_name), (chosen.encoder, chosen.encoder_name))
+        names = [Path(name).name for own, name in pairs if own is None]
+        ensure_assets(chosen.assets_dir, names=names, notify=notify)
 
     # Making
 
     def prepare(
-        self, source: Path, *, format: str = "auto", k_core: int = 5, **options: object
+        self,
+        source: Path,
+        *,
+        format: str = "auto",
+        k_core: int = 5,
+        options: Mapping[str, object] | None = None,
     ) -> InteractionData:
         """Read a data set, filter it and keep it. Raises DataError.
 
         Every user and item is left with `k_core` interactions at least; `options` are those of
         the format's loader in tools/loaders.py.
         """
-        data = load(source, format, name=self.settings.workspace, **options).k_core(k_core)
+        data = load(source, format, name=self.settings.workspace, options=options).k_core(k_core)
         data.save(self.dataset_dir)
-        for name in ("data", "split", "item_embeddings"):
-            self.__dict__.pop(name, None)  # what was loaded before is of an older data set
+        self._forget("data", "split", "item_embeddings", "trm")
         return data
+
+    def embed_items(
+        self, *, progress: Callable[[int, int], None] | None = None
+    ) -> NDArray[np.float32]:
+        """Embed the items' texts unless that was done before, and keep them as `item_embeddings`.
+
+        `progress` is called with (done, total) while the encoder works.
+        """
+        if "item_embeddings" not in self.__dict__:
+            self.item_embeddings = self._embed(progress)
+        return self.item_embeddings
+
+    def _embed(self, progress: Callable[[int, int], None] | None) -> NDArray[np.float32]:
+        from .text_encoder import item_embeddings
+
+        return item_embeddings(
+            self.encoder, self.data.items, self.embeddings_dir, progress=progress
+        )
 
     def train_trm(
         self,
@@ -88,22 +112,38 @@ class Workspace:
             progress=progress,
         )
         model.save_pretrained(self.trm_dir)
-        self.__dict__.pop("trm", None)  # what was loaded before is of an older checkpoint
-        self.__dict__.pop("catalog", None)
+        self._forget("trm")
         return model
 
-    def index(self) -> Catalog:
-        """Fill the catalog with the data set's items and the TRM's vectors of them."""
+    def index(self, *, progress: Callable[[int, int], None] | None = None) -> Catalog:
+        """Fill the catalog with the data set's items and the TRM's vectors, and keep it open as
+        `catalog`. Raises CatalogError.
+
+        `progress` is called with (done, total) as items are written.
+        """
         from .catalog import Catalog
         from .trm.scoring import catalog_vectors
 
-        return Catalog.build(
+        vectors = catalog_vectors(self.trm, self.item_embeddings).numpy()
+        self._forget()
+        self.catalog = Catalog.build(
             self._catalog_settings,
             self.data.items,
             self.item_embeddings,
-            catalog_vectors(self.trm, self.item_embeddings).numpy(),
+            vectors,
             fingerprint=self._fingerprint,
+            progress=progress or (lambda done, total: None),
         )
+        return self.catalog
+
+    def _forget(self, *names: str) -> None:
+        """Drop what was loaded of something older: these parts, and what serves them, closed."""
+        for name in ("retriever", "catalog"):
+            service = self.__dict__.pop(name, None)
+            if service is not None:
+                service.close()
+        for name in names:
+            self.__dict__.pop(name, None)
 
     # Loading
 
@@ -132,9 +172,7 @@ class Workspace:
     @cached_property
     def item_embeddings(self) -> NDArray[np.float32]:
         """Passage embeddings of the data set's items, float32 [items, encoder.dim]."""
-        from .text_encoder import item_embeddings
-
-        return item_embeddings(self.encoder, self.data.items, self.embeddings_dir)
+        return self._embed(None)
 
     @cached_property
     def trm(self) -> TRM:
@@ -211,9 +249,10 @@ class Workspace:
         from .catalog import Fingerprint
 
         _ = self.trm  # raises in words where there is none
-        weights = (self.trm_dir / "model.safetensors").read_bytes()
+        with (self.trm_dir / "model.safetensors").open("rb") as weights:
+            trm = hashlib.file_digest(weights, "sha256").hexdigest()
         return Fingerprint(
             dataset=self.data.fingerprint,
-            trm=hashlib.sha256(weights).hexdigest(),
+            trm=trm,
             encoder=self.encoder.fingerprint,
         )

@@ -33,6 +33,18 @@ class LoRA(BaseModel):
     alpha: int = Field(32, ge=1)
     dropout: float = Field(0.0, ge=0, lt=1)
 
+    def config(self) -> Any:
+        """Give peft's own configuration."""
+        from peft import LoraConfig
+
+        return LoraConfig(
+            r=self.r,
+            lora_alpha=self.alpha,
+            lora_dropout=self.dropout,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        )
+
 
 def load_config(path: Path, model: type[ConfigT], **changes: object) -> ConfigT:
     """Return the validated configuration; `changes` that are not None replace its fields.

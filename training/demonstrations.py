@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.random import Generator
@@ -98,7 +98,6 @@ class ScriptedPolicy(Engine):
     """
 
     name = "demonstrator"
-    trainable = False
 
     def __init__(
         self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_model_len: int
@@ -322,7 +321,8 @@ def demonstrate(
         if len(made) == wanted:
             break
         policy = ScriptedPolicy(script.texts, tokenizer, max_model_len)
-        state = build_graph(policy, retriever).invoke(
+        graph: Any = build_graph(policy, retriever)
+        state = graph.invoke(
             {"history": list(example.history)}, context=free, output_keys=list(RUN_KEYS)
         )
         run = Trajectory.from_state(

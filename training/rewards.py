@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 from ..graph import protocol
 from ..graph.format_rules import AUTHORS_RULES, Violation
+from ..graph.state import OUTAGES
 from ..tools.trm.preferences import embed_preferences
 from .trajectories import Rewards, Trajectory
 
@@ -206,9 +207,9 @@ class Rewarder:
     def __call__(self, runs: Sequence[Trajectory]) -> list[Rewards]:
         """Rewards of each run, its total in the configured stage among them.
 
-        A run that the engine failed has none at all: that was not the policy's doing. Without a
-        target, or with one that the catalog does not hold, the outcome's rewards are None; where
-        the format is broken they are 0.
+        A run that the engine or the retriever failed has none: that was not the policy's doing.
+        Without a target, or with one that the catalog does not hold, the outcome's rewards are
+        None; where the format is broken they are 0.
         """
         asked = [counted_preferences(run, self.config.rules) for run in runs]
         texts = [text for preferences in asked for text in preferences]
@@ -225,7 +226,7 @@ class Rewarder:
     def _reward(
         self, run: Trajectory, preferences: NDArray[np.float32], answer: Sequence[str | None]
     ) -> Rewards:
-        if run.stop_reason == "engine_failure":
+        if run.stop_reason in OUTAGES:
             return Rewards()
         formed = format_reward(self.format_scores(run))
         hit: float | None = None

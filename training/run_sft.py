@@ -30,6 +30,7 @@ from deeprec.tools.workspace import Workspace
 from deeprec.training.configuration import LoRA, check_options, keep_config, load_config
 from deeprec.training.demonstrations import DemonstrationConfig, Demonstrator, demonstrate
 from deeprec.training.ground import TARGETS_PER_USER, select_users, training_ground
+from deeprec.training.policy import load_policy
 from deeprec.training.selection import SelectionConfig
 from deeprec.training.trajectory_file import iter_trajectories, write_part
 
@@ -84,11 +85,10 @@ def run(config: SFTRun, console: Console) -> Path:
         "policy's"
     )
     trainer = SFTTrainer(
-        model=_load(model),
+        model=load_policy(model, None, config.lora),
         args=_arguments(SFTConfig, config),
         train_dataset=data,
         processing_class=tokenizer,
-        peft_config=_peft(config.lora),
     )
     trainer.train(resume_from_checkpoint=_checkpoint(config.output))
     final = config.output / "final"
@@ -152,27 +152,6 @@ def _demonstrations(
         console.print(f"  {len(examples)} examples gave {len(made)} demonstrations")
     write_part(folder, STAGE, made)
     return made
-
-
-def _load(model: str) -> Any:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    return AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-
-
-def _peft(lora: LoRA | None) -> Any:
-    if lora is None:
-        return None
-    from peft import LoraConfig
-
-    return LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules="all-linear",
-        task_type="CAUSAL_LM",
-    )
 
 
 def _arguments(arguments: type, config: SFTRun) -> Any:

@@ -2,8 +2,10 @@
 
     python training/run_trm.py --config training/configs/trm_ml100k.yaml
 
-Fits that an earlier, interrupted run of the same configuration finished are kept. What one fit
-does is in deeprec/tools/trm/fit.py; this script only loops, records and sums up.
+It reads the data set and the sentence encoder of the workspace in the settings, unless the
+configuration names others. Fits that an earlier, interrupted run of the same configuration
+finished are kept. What one fit does is in deeprec/tools/trm/fit.py; this script only loops,
+records and sums up.
 """
 
 import argparse
@@ -15,20 +17,24 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
 from rich.console import Console
 
-from deeprec.errors import DeepRecError, SettingsError, TRMError
+from deeprec.errors import DeepRecError, TRMError
+from deeprec.settings import load_settings
 from deeprec.tools.interactions import InteractionData, Split, leave_one_out
 from deeprec.tools.progress import trm_progress
 from deeprec.tools.text_encoder import TextEncoder, item_embeddings
+from deeprec.tools.trm.card import model_card
 from deeprec.tools.trm.cold import without_items
 from deeprec.tools.trm.config import DeepRecConfig, FitConfig, TRMConfig
 from deeprec.tools.trm.fit import FitProgress, fit
+from deeprec.tools.trm.model import check_replaceable
 from deeprec.tools.trm.preferences import PreferencePool
-from deeprec.tools.trm.record import FitRecord, RunSource, model_card
+from deeprec.tools.trm.record import FitRecord, RunSource
 from deeprec.tools.trm.report import RunResults, evaluate_folder, print_table
+from deeprec.tools.workspace import Workspace
+from deeprec.training.configuration import load_config
 
 
 class Variant(BaseModel):
@@ -46,38 +52,27 @@ class TRMRun(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    data: Path  # a prepared data set (`deeprec prepare`)
-    encoder: str  # sentence-transformers hub name or folder
+    data: Path | None = None  # a prepared data set; none: that of the settings' workspace
+    encoder: str | None = None  # sentence-transformers hub name or folder; none: the settings'
     output: Path  # checkpoints and results
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[NonNegativeInt, ...] = Field((0, 1, 2), min_length=1)
     threads: int = Field(2, ge=1)  # of the CPU
     device: str = "cpu"
     variants: dict[str, Variant] = Field(min_length=1)
 
 
-def load_config(path: Path, **changes: object) -> TRMRun:
-    """The validated configuration; `changes` that are not None replace its fields."""
-    try:
-        raw = yaml.safe_load(path.read_text())
-    except (OSError, yaml.YAMLError) as error:
-        raise SettingsError(f"can't read the configuration {path}: {error}.") from error
-    if not isinstance(raw, dict):
-        raise SettingsError(f"{path} is not a configuration: it holds no fields.")
-    raw.update({key: value for key, value in changes.items() if value is not None})
-    try:
-        return TRMRun.model_validate(raw)
-    except ValidationError as error:
-        raise SettingsError(f"{path}: {error}") from error
-
-
 def run(config: TRMRun, console: Console) -> RunResults:
     """Fit what is missing, evaluate everything, write results.json, table.md and model cards."""
     torch.set_num_threads(config.threads)
-    data = InteractionData.load(config.data)
-    encoder = TextEncoder(config.encoder, device=config.device)
-    source = RunSource(data=config.data.absolute(), encoder=config.encoder)
-    source.write(config.output)
-    fitter = Fitter(config, data, encoder, console)
+    workspace = Workspace(load_settings())
+    data = workspace.data if config.data is None else InteractionData.load(config.data)
+    name = config.encoder or workspace.settings.encoder_name
+    if Path(name).is_dir():
+        name = str(Path(name).absolute())  # it is read again from another working directory
+    encoder = TextEncoder(name, device=config.device)
+    place = config.data or workspace.dataset_dir
+    RunSource(data=place.absolute(), encoder=name).write(config.output)
+    fitter = Fitter(config, data, encoder, name, console)
     for name, variant in config.variants.items():
         for seed in config.seeds:
             fitter.fit(name, variant, seed)
@@ -88,18 +83,27 @@ def run(config: TRMRun, console: Console) -> RunResults:
 
 
 class Fitter:
-    """Fits one variant and seed after another; embedded texts are shared between them."""
+    """Fits one variant and seed after another; embedded texts are shared between them.
+
+    `encoder_name` is what model cards name.
+    """
 
     def __init__(
-        self, config: TRMRun, data: InteractionData, encoder: TextEncoder, console: Console
+        self,
+        config: TRMRun,
+        data: InteractionData,
+        encoder: TextEncoder,
+        encoder_name: str,
+        console: Console,
     ):
         self.config, self.data, self.encoder, self.console = config, data, encoder, console
+        self.encoder_name = encoder_name
         self.cache = config.output / "cache"
         self.embeddings = item_embeddings(encoder, data.items, self.cache)
         self.pools: dict[tuple[str, int, int], PreferencePool] = {}
 
     def fit(self, name: str, variant: Variant, seed: int) -> None:
-        """Raises TRMError if this place holds a fit of another configuration."""
+        """Raises TRMError if this place holds a fit of another configuration, or anything else."""
         folder = self.config.output / name / f"seed-{seed}"
         wanted = FitRecord(
             variant=name,
@@ -120,6 +124,7 @@ class Fitter:
                 )
             self.console.print(f"{name}, seed {seed}: fitted already")
             return
+        check_replaceable(folder)
         data, text = self.data, self.embeddings
         if variant.cold_share:
             data = without_items(self.data, variant.cold_share, seed)
@@ -159,7 +164,7 @@ class Fitter:
                 "examples": examples,
             }
         )
-        model.save_pretrained(folder, card=model_card(record, data, self.config.encoder))
+        model.save_pretrained(folder, card=model_card(record, data, self.encoder_name))
         record.write(folder)
 
     def pool(
@@ -191,13 +196,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; gives the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="YAML file, see TRMRun")
-    parser.add_argument("--data", type=Path, help="instead of the file's data folder")
-    parser.add_argument("--encoder", help="instead of the file's sentence encoder")
+    parser.add_argument(
+        "--data", type=Path, help="instead of the file's data set or the workspace's"
+    )
+    parser.add_argument("--encoder", help="instead of the file's sentence encoder or the settings'")
     parser.add_argument("--output", type=Path, help="instead of the file's output folder")
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of the file's seeds")
     given = vars(parser.parse_args(arguments))
     try:
-        run(load_config(**{"path": given.pop("config"), **given}), Console())
+        run(load_config(given.pop("config"), TRMRun, **given), Console())
     except DeepRecError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -21,10 +21,12 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from ...errors import RequestError
 from ...graph.app import load_graph
 from ...graph.requests import parse_request, parse_settings
-from ...graph.state import RecommendationResponse
+from ...graph.state import Failure, RecommendationResponse, Usage
 from ...settings import load_settings
+from ...terminal import run_app
 from ...tools.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -84,12 +86,29 @@ async def run_users(
 
         async def one(user: str) -> RecommendationResponse:
             async with gate:
-                answer = await graph.ainvoke(parse_request(user_id=user))
+                try:
+                    answer = await graph.ainvoke(parse_request(user_id=user))
+                    response = RecommendationResponse.model_validate(answer)
+                except RequestError as error:
+                    response = _unanswered(str(error))
             bars.advance(task)
-            return RecommendationResponse.model_validate(answer)
+            return response
 
         answers = await asyncio.gather(*(one(user) for user in users))
     return dict(zip(users, answers, strict=True))
+
+
+def _unanswered(why: str) -> RecommendationResponse:
+    """A request that was refused counts like a run that failed."""
+    return RecommendationResponse(
+        recommendations=[],
+        turns=[],
+        answer=[],
+        violations=[],
+        stop_reason="no_answer",
+        failure=Failure(reason="no_answer", detail=why),
+        usage=Usage(),
+    )
 
 
 def main(
@@ -146,4 +165,6 @@ def _replace(path: Path, text: str) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
+    app.command()(main)
+    run_app(app)

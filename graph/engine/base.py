@@ -103,14 +103,12 @@ class Engine(ABC):
         name: model name or folder, for reports and fingerprints.
         max_model_len: the most tokens that prompt and generation may hold together.
         tokenizer: the model's own tokenizer (Hugging Face).
-        trainable: whether ids and logprobs are exact, so that runs can be trained on.
 
     """
 
     name: str
     max_model_len: int
     tokenizer: PreTrainedTokenizerBase
-    trainable: bool = True
 
     @abstractmethod
     def submit(self, request: GenerationRequest) -> Future[Generation]:

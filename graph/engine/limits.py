@@ -18,7 +18,7 @@ def check_model_folder(model: str) -> None:
 
     A name with no such folder is taken for a hub name. Raises EngineError.
     """
-    path = Path(model).expanduser()
+    path = Path(model)
     if not path.exists():
         looks_local = model.startswith((".", "/", "~")) or model.count("/") > 1
         if looks_local:
@@ -60,7 +60,7 @@ def check_kv_cache(model: str, *, max_model_len: int, kv_cache_gib: int, dtype: 
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model).get_text_config()  # of a composite model too
     except (OSError, ValueError) as error:
         raise EngineError(f"the configuration of model {model!r} can't be read: {error}") from error
     limit = getattr(config, "max_position_embeddings", max_model_len)

@@ -9,7 +9,7 @@ import os
 import socket
 import sys
 from concurrent.futures import Future
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 from tenacity import (
@@ -23,6 +23,9 @@ from ...errors import EngineError
 from .base import Engine, Generation, GenerationRequest, LoopThread
 from .limits import GRAMMAR_BACKEND, check_kv_cache, check_model_folder, cpu_dtype
 from .tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from ...settings import EngineSettings
 
 _CONNECT_TIMEOUT_S = 5.0
 
@@ -112,7 +115,10 @@ class VLLMServerEngine(Engine):
             raise EngineError(
                 f"the LLM server refused a generation: HTTP {reply.status_code} {reply.text[:500]}"
             )
-        answer: dict[str, Any] = reply.json()
+        try:
+            answer: dict[str, Any] = reply.json()
+        except ValueError as error:
+            raise EngineError(f"{self.url} answered with no JSON: {reply.text[:200]!r}") from error
         return answer
 
     def close(self) -> None:
@@ -154,7 +160,9 @@ def _generation(reply: dict[str, Any]) -> Generation:
         ids = tuple(choice["token_ids"])
         logprobs = tuple(choice["logprobs"]["token_logprobs"])
         reason, stop = choice["finish_reason"], choice.get("stop_reason")
-    except (KeyError, IndexError, TypeError) as error:
+        if len(ids) != len(logprobs):
+            raise ValueError(f"{len(ids)} token ids with {len(logprobs)} logprobs")
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
         raise EngineError(
             f"the server's answer lacks token ids or logprobs ({error!r}): it must be vLLM, "
             "0.11 or newer"
@@ -168,42 +176,51 @@ def _generation(reply: dict[str, Any]) -> Generation:
     return Generation(ids, logprobs, "eos")
 
 
-def serve(
-    model: str, *, host: str, port: int, max_model_len: int, dtype: str, kv_cache_gib: int
-) -> None:
+def serve(model: str, settings: EngineSettings, *, host: str, port: int) -> None:
     """Replace this process by vLLM's server. Raises EngineError where it could not start.
 
     The server is started as a module, since the `vllm` command looks for a distribution of that
     name, which the CPU build isn't.
     """
     check_model_folder(model)
+    max_model_len, dtype = settings.max_model_len, str(settings.dtype)
     on_cpu = _without_gpu()
     if on_cpu:
         dtype = cpu_dtype(dtype)
-        check_kv_cache(model, max_model_len=max_model_len, kv_cache_gib=kv_cache_gib, dtype=dtype)
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise EngineError(
-                f"port {port} on {host} can't be used ({error.strerror}): choose another --port"
-            ) from error
+        check_kv_cache(
+            model, max_model_len=max_model_len, kv_cache_gib=settings.kv_cache_gib, dtype=dtype
+        )
+    _check_port(host, port)
     environment = {
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_NO_USAGE_STATS": "1",
         **os.environ,
-        "VLLM_CPU_KVCACHE_SPACE": str(kv_cache_gib),
+        "VLLM_CPU_KVCACHE_SPACE": str(settings.kv_cache_gib),
     }
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
     command += ["--model", model, "--host", host, "--port", str(port), "--dtype", dtype]
     command += ["--max-model-len", str(max_model_len), "--generation-config", "vllm"]
     command += ["--structured-outputs-config.backend", GRAMMAR_BACKEND]
+    command += ["--max-num-seqs", str(settings.max_num_seqs)]
+    command += ["--gpu-memory-utilization", str(settings.gpu_memory_utilization)]
     if on_cpu:  # chunked prefill rewinds the generator of a seeded request, which a CPU's can't
         command += ["--no-enable-chunked-prefill", "--enforce-eager"]
         command += ["--max-num-batched-tokens", str(max(max_model_len, 2048))]
     sys.stdout.flush()
     os.execve(sys.executable, command, environment)  # noqa: S606  # no shell, fixed program
+
+
+def _check_port(host: str, port: int) -> None:
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise EngineError(
+            f"port {port} on {host} can't be used ({error.strerror}): choose another --port or "
+            "--host"
+        ) from error
 
 
 def _without_gpu() -> bool:

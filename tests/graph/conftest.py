@@ -54,16 +54,20 @@ def retriever(
 _tokenizer = lru_cache(maxsize=1)(load_tokenizer)
 
 
+Said = str | Exception | Future[Any] | None
+
+
 class ScriptedEngine(Engine):
     """Says the next text of a script, cut at the first stop string, token by token.
 
-    A script's entry may also be an error to raise, or None for a result that never comes.
-    Requests and results are kept, so that a test can compare a transcript with them.
+    A script's entry may also be an error to raise, or None (or a future of the test's) for a
+    result that never comes. Requests and results are kept, so that a test can compare a transcript
+    with them.
     """
 
     name = "scripted"
 
-    def __init__(self, script: Sequence[str | Exception | None], max_model_len: int) -> None:
+    def __init__(self, script: Sequence[Said], max_model_len: int) -> None:
         self.tokenizer = _tokenizer(load_settings().model_name)
         self.max_model_len = max_model_len
         self.script = list(script)
@@ -72,8 +76,8 @@ class ScriptedEngine(Engine):
     def submit(self, request: GenerationRequest) -> Future[Generation]:
         said = self.script.pop(0) if self.script else EngineError("the script is over")
         future: Future[Generation] = Future()
-        if said is None:
-            return future
+        if said is None or isinstance(said, Future):
+            return said or Future()
         if isinstance(said, Exception):
             future.set_exception(said)
             return future
@@ -114,7 +118,7 @@ def run_graph(retriever: Retriever) -> RunGraph:
     """Run the graph over a script. Keywords: settings of the run; `request`, `max_model_len`."""
 
     def run(
-        *script: str | Exception | None,
+        *script: Said,
         request: dict[str, Any] | None = None,
         max_model_len: int = 8192,
         **settings: Any,

@@ -11,6 +11,7 @@ from deeprec.graph.engine.base import Constraint, Generation, GenerationRequest
 from deeprec.graph.engine.limits import check_kv_cache, check_model_folder, cpu_dtype
 from deeprec.graph.engine.tokenizer import load_tokenizer
 from deeprec.graph.engine.vllm_server import VLLMServerEngine, serve
+from deeprec.settings import EngineSettings
 
 
 @pytest.fixture
@@ -96,15 +97,9 @@ def test_a_port_in_use_is_named(model: Path) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
+        settings = EngineSettings(max_model_len=1024, kv_cache_gib=1)
         with pytest.raises(EngineError, match=f"port {port} on 127.0.0.1 can't be used"):
-            serve(
-                str(model),
-                host="127.0.0.1",
-                port=port,
-                max_model_len=1024,
-                dtype="auto",
-                kv_cache_gib=1,
-            )
+            serve(str(model), settings, host="127.0.0.1", port=port)
 
 
 def test_nobody_answers() -> None:

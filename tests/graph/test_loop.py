@@ -2,6 +2,8 @@
 of it."""
 
 import asyncio
+import signal
+from concurrent.futures import Future, wait
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,13 @@ import pytest
 from langgraph.checkpoint.memory import InMemorySaver
 
 import deeprec
-from deeprec.errors import AmbiguousTitleError, DeepRecError, EngineError, RequestError
+from deeprec.errors import (
+    AmbiguousTitleError,
+    CatalogError,
+    DeepRecError,
+    EngineError,
+    RequestError,
+)
 from deeprec.graph import protocol
 from deeprec.graph.build import build_graph
 from deeprec.graph.nodes import Resources
@@ -226,18 +234,18 @@ def test_out_of_time_the_answer_is_made_of_what_was_found(
     response = respond(run_graph(*script, limits={"time_budget_s": 1.0}))
     assert [line.id for line in response.recommendations] == found(retriever, "comedy")[:2]
     assert {line.source for line in response.recommendations} == {"fused"}
-    nothing = respond(run_graph(None, limits={"time_budget_s": 0.2}))
+    nothing = respond(run_graph(Future(), limits={"time_budget_s": 0.2}))
     assert {line.source for line in nothing.recommendations} == {"trm"}
 
 
 def test_a_list_that_does_not_fit_ends_the_thinking(run_graph: RunGraph) -> None:
-    limits = {"max_total_tokens": 560}
+    limits = {"max_total_tokens": 620}
     run = run_graph(
         "<think>" + ask("comedy"), answer("Film 3", "Film 4"), "", retrieve_n=30, limits=limits
     )
     response = respond(run)
     assert response.stop_reason == "trajectory_length"
-    assert len(Transcript(run.state["segments"])) <= 560
+    assert len(Transcript(run.state["segments"])) <= 620
     assert len(response.recommendations) == 2
 
 
@@ -304,7 +312,10 @@ def test_bad_requests_are_refused_in_words(
         run_graph(request=request_)
 
 
-@pytest.mark.parametrize("request_", [{"user_id": "u", "k": 0}, {"history": "x"}, {"limits": 1}])
+@pytest.mark.parametrize(
+    "request_",
+    [{"user_id": "u", "k": 0}, {"user_id": "u", "k": 101}, {"history": "x"}, {"limits": 1}],
+)
 def test_malformed_requests_are_refused(run_graph: RunGraph, request_: dict[str, Any]) -> None:
     with pytest.raises(DeepRecError, match="malformed request"):
         run_graph(request=request_)
@@ -377,6 +388,8 @@ def test_sync_and_async_callers_of_any_loop(retriever: Retriever) -> None:
     results = [graph().invoke({"user_id": "u"}), *asyncio.run(inside()), *asyncio.run(inside())]
     answers = {tuple(line["id"] for line in result["recommendations"]) for result in results}
     assert len(answers) == 1
+    assert all(result["failure"] is None for result in results)
+    assert all(result["usage"]["retrievals"] == 1 for result in results)
 
 
 def test_context_replaces_the_settings(retriever: Retriever) -> None:
@@ -398,9 +411,118 @@ def test_the_drawing_shows_the_loop(retriever: Retriever) -> None:
     assert f"```mermaid\n{drawing.strip()}\n```" in readme
 
 
-def test_ambiguous_titles_list_their_candidates(run_graph: RunGraph) -> None:
-    with pytest.raises((AmbiguousTitleError, RequestError), match="Film"):
-        run_graph(request={"history": ["Flm"]})
+def test_ambiguous_titles_list_their_candidates(run_graph: RunGraph, retriever: Retriever) -> None:
+    before = [retriever.catalog.item(item) for item in ("30", "31")]
+    retriever.upsert([replace(item, title="The Same") for item in before])
+    try:
+        with pytest.raises(AmbiguousTitleError) as raised:
+            run_graph(request={"history": ["the same"]})
+    finally:
+        retriever.upsert(before)
+    assert {id_ for id_, _ in raised.value.candidates} == {"30", "31"}
+
+
+def test_an_id_that_is_another_items_title_is_ambiguous(
+    run_graph: RunGraph, retriever: Retriever
+) -> None:
+    before = retriever.catalog.item("30")
+    retriever.upsert([replace(before, title="7")])
+    try:
+        with pytest.raises(AmbiguousTitleError, match="id 30"):
+            run_graph(request={"history": ["7"]})
+        run = run_graph(*good_script(), request={"history": ["id:7"]})
+    finally:
+        retriever.upsert([before])
+    assert run.state["history_ids"] == ["7"]
+
+
+def test_a_request_changes_only_the_limits_that_it_names(run_graph: RunGraph) -> None:
+    run = run_graph(
+        *good_script(),
+        limits={"max_retrievals": 3, "time_budget_s": 60},
+        request={"user_id": "u", "limits": {"max_new_tokens": 512}},
+    )
+    limits = RunSettings.model_validate(run.state["run"]).limits
+    assert (limits.max_retrievals, limits.time_budget_s, limits.max_new_tokens) == (3, 60, 512)
+
+
+def test_refused_searches_do_not_allow_to_stop(run_graph: RunGraph) -> None:
+    run = run_graph(
+        *("Hm.\n\n", f" Comedy; Drama {protocol.END_PREFERENCE}"),
+        *("Hm.\n\n", f" Drama; Comedy {protocol.END_PREFERENCE}"),  # the same search
+        *("Hm.\n\n", f" Horror {protocol.END_PREFERENCE}"),
+        *(f"So.{protocol.END_THINK}", " Film 3\n", " Film 4\n"),
+        decoding="guided",
+    )
+    response = respond(run)
+    assert [turn.refused is None for turn in response.turns] == [True, False, True, True]
+    assert response.usage.retrievals == 2
+
+
+def test_titles_that_do_not_fit_are_left_to_filling(
+    run_graph: RunGraph, retriever: Retriever
+) -> None:
+    """A guided line is never cut in the middle: what has no room is not offered."""
+    first = found(retriever, "Comedy; quiet")
+    before = [retriever.catalog.item(item) for item in first]
+    long = [replace(item, title=f"{item.title} " + "of many words " * 12) for item in before]
+    retriever.upsert(long)
+    try:
+        titles = [retriever.catalog.display_title(item) for item in first]
+        script = [
+            "A thought.\n\n",
+            f" Comedy; quiet {protocol.END_PREFERENCE}",
+            f"So.{protocol.END_THINK}",
+            *(f" {title}\n" for title in titles),
+        ]
+        guided = {"decoding": "guided", "k": 4}
+        limits = {"min_retrievals": 1}
+        whole = run_graph(*script, **guided, limits=limits)
+        bound = len(Transcript(whole.state["segments"])) - 20
+        run = run_graph(*script, **guided, limits={**limits, "max_total_tokens": bound})
+    finally:
+        retriever.upsert(before)
+    assert {line.source for line in respond(whole).recommendations} == {"guided"}
+    response = respond(run)
+    sources = [line.source for line in response.recommendations]
+    assert sources[0] == "guided"
+    assert sources[-1] == "fused"
+    assert None not in response.answer
+    assert len(Transcript(run.state["segments"])) <= bound
+
+
+def test_a_failing_retriever_ends_the_run_with_a_reason(
+    run_graph: RunGraph, retriever: Retriever, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def submit(_: RetrievalRequest) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_exception(CatalogError("Chroma is gone"))
+        return future
+
+    monkeypatch.setattr(retriever, "submit", submit)
+    response = respond(run_graph(*good_script()))
+    assert response.stop_reason == "retrieval_failure"
+    assert response.failure is not None
+    assert "Chroma is gone" in response.failure.detail
+    assert response.recommendations == []
+
+
+def test_an_interrupted_caller_frees_the_engine(run_graph: RunGraph) -> None:
+    waiting = Future[Any]()
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_graph(waiting)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    wait([waiting], timeout=10)
+    assert waiting.cancelled()
 
 
 def test_guided_words_are_no_numbers(retriever: Retriever) -> None:

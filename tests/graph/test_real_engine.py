@@ -21,19 +21,11 @@ from deeprec.graph.engine.vllm_inprocess import VLLMEngine
 from deeprec.graph.engine.vllm_server import VLLMServerEngine
 from deeprec.graph.state import RecommendationResponse, RunSettings
 from deeprec.graph.transcript import Transcript, segment_ids
-from deeprec.settings import load_settings
 from deeprec.tools.retriever import Retriever
 
 pytestmark = pytest.mark.engine
 
 SAMPLED = ("policy", "guided")
-
-
-@pytest.fixture(scope="module")
-def in_process() -> Iterator[Engine]:
-    engine = VLLMEngine(load_settings().model_name, max_model_len=4096, kv_cache_gib=1)
-    yield engine
-    engine.close()
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +104,7 @@ def run(engine: Engine, retriever: Retriever, user: int, **settings: Any) -> dic
 
 
 @pytest.mark.parametrize("decoding", ["guided", "free"])
-@pytest.mark.parametrize("where", ["in_process", "server"])
+@pytest.mark.parametrize("where", ["real_engine", "server"])
 def test_transcripts_are_what_the_engine_was_given_and_returned(
     where: str, decoding: str, retriever: Retriever, request: pytest.FixtureRequest
 ) -> None:
@@ -139,11 +131,11 @@ def test_transcripts_are_what_the_engine_was_given_and_returned(
 
 @pytest.mark.parametrize("answer_form", ["titles", "numbers"])
 def test_guided_runs_end_with_a_valid_grounded_list(
-    in_process: Engine, retriever: Retriever, answer_form: str
+    real_engine: Engine, retriever: Retriever, answer_form: str
 ) -> None:
     with ThreadPoolExecutor() as pool:
         states = pool.map(
-            lambda user: run(in_process, retriever, user, answer_form=answer_form), (0, 11, 22, 33)
+            lambda user: run(real_engine, retriever, user, answer_form=answer_form), (0, 11, 22, 33)
         )
     for state in states:
         response = RecommendationResponse.model_validate(
@@ -159,7 +151,7 @@ def test_guided_runs_end_with_a_valid_grounded_list(
         assert response.failure is None
 
 
-def test_free_running_graphs_share_the_engine(in_process: Engine, retriever: Retriever) -> None:
+def test_free_running_graphs_share_the_engine(real_engine: Engine, retriever: Retriever) -> None:
     settings = RunSettings.model_validate(
         {
             "k": 2,
@@ -168,30 +160,33 @@ def test_free_running_graphs_share_the_engine(in_process: Engine, retriever: Ret
             "limits": {"max_retrievals": 1, "min_retrievals": 1},
         }
     )
-    graph = build_graph(in_process, retriever, settings=settings)
+    graph = build_graph(real_engine, retriever, settings=settings)
 
     async def many() -> list[dict[str, Any]]:
         requests = [{"history": [str(n), str(n + 1)]} for n in range(8)]
         return await asyncio.gather(*(graph.ainvoke(request) for request in requests))
 
-    assert [len(answer["recommendations"]) for answer in asyncio.run(many())] == [2] * 8
+    answers = asyncio.run(many())
+    assert [len(answer["recommendations"]) for answer in answers] == [2] * 8
+    assert all(answer["failure"] is None for answer in answers)
+    assert all(answer["usage"]["retrievals"] == 1 for answer in answers)
 
 
-def test_what_a_generation_is(in_process: Engine) -> None:
-    tokenizer = in_process.tokenizer
+def test_what_a_generation_is(real_engine: Engine) -> None:
+    tokenizer = real_engine.tokenizer
     prompt = tokenizer.encode("One, two, three, four,")
     base = GenerationRequest(prompt_ids=prompt, max_tokens=16)
-    plain = in_process.submit(base).result()
+    plain = real_engine.submit(base).result()
     assert plain.finish == "length"
     assert len(plain.ids) == len(plain.logprobs) == 16
     assert all(value <= 0 for value in plain.logprobs)
-    stopped = in_process.submit(
+    stopped = real_engine.submit(
         GenerationRequest(prompt_ids=prompt, max_tokens=16, stop=(" six",))
     ).result()
     assert (stopped.finish, stopped.stop_string) == ("stop", " six")
     assert tokenizer.decode(stopped.ids).endswith(" six")
     assert stopped.ids == plain.ids[: len(stopped.ids)]
-    chosen = in_process.submit(
+    chosen = real_engine.submit(
         GenerationRequest(
             prompt_ids=prompt,
             max_tokens=16,
@@ -202,30 +197,29 @@ def test_what_a_generation_is(in_process: Engine) -> None:
     assert tokenizer.decode(chosen.ids) in {" Alien (1979)\n", " Aliens [x]\n"}
 
 
-def test_seeds_repeat_and_cancelling_frees_the_engine(in_process: Engine) -> None:
-    prompt = in_process.tokenizer.encode("Once upon a time")
+def test_seeds_repeat_and_cancelling_frees_the_engine(real_engine: VLLMEngine) -> None:
+    prompt = real_engine.tokenizer.encode("Once upon a time")
     seeded = GenerationRequest(prompt_ids=prompt, max_tokens=12, temperature=1.0, seed=7)
-    assert in_process.submit(seeded).result().ids == in_process.submit(seeded).result().ids
-    assert isinstance(in_process, VLLMEngine)
-    endless = in_process.submit(GenerationRequest(prompt_ids=prompt, max_tokens=4000, seed=1))
+    assert real_engine.submit(seeded).result().ids == real_engine.submit(seeded).result().ids
+    endless = real_engine.submit(GenerationRequest(prompt_ids=prompt, max_tokens=4000, seed=1))
     time.sleep(1)
-    assert in_process.unfinished() == 1
+    assert real_engine.unfinished() == 1
     endless.cancel()
     deadline = time.monotonic() + 20
-    while in_process.unfinished() and time.monotonic() < deadline:
+    while real_engine.unfinished() and time.monotonic() < deadline:
         time.sleep(0.1)
-    assert in_process.unfinished() == 0
+    assert real_engine.unfinished() == 0
 
 
-def test_a_prompt_beyond_the_model_is_refused_in_words(in_process: Engine) -> None:
+def test_a_prompt_beyond_the_model_is_refused_in_words(real_engine: Engine) -> None:
     request = GenerationRequest(prompt_ids=[1] * 5000, max_tokens=16)
     with pytest.raises(EngineError, match="refused"):
-        in_process.submit(request).result()
+        real_engine.submit(request).result()
 
 
-def test_time_budget_cuts_a_generation(in_process: Engine, retriever: Retriever) -> None:
+def test_time_budget_cuts_a_generation(real_engine: Engine, retriever: Retriever) -> None:
     limits = {"max_retrievals": 3, "time_budget_s": 2.0}
-    state = run(in_process, retriever, 5, thought_tokens=2000, limits=limits)
+    state = run(real_engine, retriever, 5, thought_tokens=2000, limits=limits)
     assert state["stop_reason"] == "time_budget"
     assert len(state["recommendations"]) == 4
     assert state["usage"]["seconds"] < 6

@@ -62,6 +62,25 @@ def test_another_digest_is_refused(
     assert list((tmp_path / "home").iterdir()) == []
 
 
+def test_only_the_assets_asked_for_are_fetched(
+    asset: Asset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(assets, "ASSETS", (asset, replace(asset, name="second")))
+    home = tmp_path / "home"
+    ensure_assets(home, names=[])
+    assert not home.exists()
+    ensure_assets(home, names=["second"])
+    assert [path.name for path in home.iterdir()] == ["second"]
+    ensure_assets(home)
+    assert sorted(path.name for path in home.iterdir()) == ["second", "toy"]
+
+
+@pytest.mark.parametrize("place", ["/dev/null/x", "/proc/x"])
+def test_a_home_that_cannot_be_written_is_named(asset: Asset, place: str) -> None:
+    with pytest.raises(AssetError, match=rf"can't write toy to {place}.*DEEPREC_HOME"):
+        ensure_assets(Path(place))
+
+
 def test_an_asset_of_another_package_is_fetched_again(asset: Asset, tmp_path: Path) -> None:
     ensure_assets(tmp_path / "home")
     manifest = tmp_path / "home" / "toy" / "asset.json"

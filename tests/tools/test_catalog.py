@@ -4,7 +4,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +12,16 @@ from pathlib import Path
 import chromadb
 import numpy as np
 import pytest
+import torch
 from chromadb.config import Settings
 
-from deeprec.errors import CatalogError, RequestError
+from deeprec.errors import AmbiguousTitleError, CatalogError, RequestError
+from deeprec.tools import search
 from deeprec.tools.catalog import Catalog, CatalogSettings, Fingerprint
+from deeprec.tools.chroma_store import ChromaStore
 from deeprec.tools.filters import Filters
 from deeprec.tools.interactions import Item
+from deeprec.tools.trm.blend import blend
 
 FINGERPRINT = Fingerprint(dataset="data-1", trm="trm-1", encoder="encoder-1")
 SIZE, DIM, TEXT_DIM = 1500, 16, 12  # more than Chroma keeps in its log before it writes an index
@@ -75,6 +79,30 @@ def same(left: Catalog, right: Catalog) -> bool:
     )
 
 
+def found_by(
+    catalog: Catalog,
+    users: np.ndarray,
+    k: int,
+    *,
+    exclude: Sequence[Collection[str]] | None = None,
+    filters: Sequence[Filters] | None = None,
+) -> list[list[tuple[str, float]]]:
+    """The k best candidates of each user, as (id, score)."""
+    now, rows = catalog.snapshot, range(len(users))
+    allowed = [
+        now.allowed(exclude[r] if exclude else (), filters[r] if filters else Filters())
+        for r in rows
+    ]
+    positions, (scores,) = catalog.candidates(now, [torch.from_numpy(users)], k, allowed)
+    answers = []
+    for row, may in enumerate(allowed):
+        best = scores[row].topk(min(k, may.count))
+        where = best.indices if positions is None else positions[row][best.indices]
+        pairs = zip(where.tolist(), best.values.tolist(), strict=True)
+        answers.append([(now.ids[at], score) for at, score in pairs])
+    return answers
+
+
 def exact(users: np.ndarray, vectors: np.ndarray, k: int, allowed: np.ndarray) -> np.ndarray:
     return np.argsort(-np.where(allowed, users @ vectors.T, -np.inf), axis=1)[:, :k]
 
@@ -118,7 +146,7 @@ def test_chroma_holds_text_attributes_and_both_vectors(here: CatalogSettings):
         text = texts.get(ids=[row["text"]], include=["embeddings"])["embeddings"]
     assert held["documents"] == ["Title 4. genres: Drama. year: 1954. words"]
     assert (row["title"], row["attribute:genres"]) == ("Title 4", "Drama")
-    assert np.array_equal(np.float32(held["embeddings"][0]), made_vectors()[1][4])
+    assert np.array_equal(np.float32(held["embeddings"][0][:-1]), made_vectors()[1][4])
     assert np.array_equal(np.float32(text[0]), made_vectors()[0][4])
 
 
@@ -128,10 +156,15 @@ def closing_client(settings: CatalogSettings) -> "closing[chromadb.api.client.Cl
     )
 
 
-@pytest.mark.parametrize("search", ["exact", "hnsw"])
-def test_search_finds_the_largest_inner_products(here: CatalogSettings, search: str):
+@pytest.mark.parametrize("how", ["exact", "hnsw"])
+def test_the_largest_inner_products_are_found(here: CatalogSettings, how: str):
     users = made_vectors(9, seed=1)[1]
     raw = [None, {"genres": "Comedy"}, {"genres": "Drama", "year": {"gte": 1997}}] * 3
+    fitting = [
+        lambda of: True,
+        lambda of: "Comedy" in of["genres"],
+        lambda of: "Drama" in of["genres"] and int(of["year"][0]) >= 1997,
+    ]
     # Excluding the best ones makes HNSW widen its search.
     vectors = made_vectors()[1]
     best = exact(users, vectors, 40, np.ones((9, SIZE), dtype=bool))
@@ -139,38 +172,99 @@ def test_search_finds_the_largest_inner_products(here: CatalogSettings, search: 
     items = made_items()
     allowed = np.array(
         [
-            [Filters.parse(f).matches(item) and item.id not in gone for item in items]
-            for f, gone in zip(raw, exclude, strict=True)
+            [fits(item.attributes) and item.id not in gone for item in items]
+            for fits, gone in zip(fitting * 3, exclude, strict=True)
         ]
     )
-    with Catalog.open(replace(here, search=search)) as catalog:
-        found = catalog.search(users, 10, exclude=exclude, filters=[Filters.parse(f) for f in raw])
+    with Catalog.open(replace(here, search=how)) as catalog:
+        filters = [Filters.parse(f) for f in raw]
+        found = found_by(catalog, users, 10, exclude=exclude, filters=filters)
     for user, row, wanted in zip(users, found, exact(users, vectors, 10, allowed), strict=True):
         assert [id_ for id_, _ in row] == [f"id{i}" for i in wanted]
         assert [score for _, score in row] == pytest.approx(vectors[wanted] @ user, abs=1e-4)
 
 
-def test_chroma_agrees_that_the_score_is_the_inner_product(catalog: Catalog, here: CatalogSettings):
+def test_chroma_orders_by_the_inner_product(catalog: Catalog, here: CatalogSettings):
     user = made_vectors(1, seed=1)[1]
-    ((best, score), *_) = catalog.search(user, 3)[0]
+    ((best, score), *_) = found_by(catalog, user, 3)[0]
     with closing_client(here) as client:
-        answer = client.get_collection("deeprec", embedding_function=None).query(
-            query_embeddings=user, n_results=1, include=["distances"]
-        )
+        held = client.get_collection("deeprec", embedding_function=None)
+        answer = held.query(query_embeddings=np.append(user, 0), n_results=1, include=["distances"])
     assert answer["ids"] == [[best]]
-    assert 1 - answer["distances"][0][0] == pytest.approx(score, abs=1e-4)
+    lengths = (user**2).sum() + held.metadata["radius"] ** 2
+    assert (lengths - answer["distances"][0][0]) / 2 == pytest.approx(score, abs=1e-3)
 
 
-@pytest.mark.parametrize("search", ["exact", "hnsw"])
-def test_where_few_are_allowed_fewer_come_back(here: CatalogSettings, search: str):
-    with Catalog.open(replace(here, search=search)) as catalog:
+def test_vectors_that_share_a_mean_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    n = 4000
+    texts, vectors = made_vectors(n)
+    vectors[:, :4] += 4
+    settings = CatalogSettings(folder=tmp_path / "c", search="hnsw")
+    longer = (2 * vectors[:3]).astype(np.float32)  # than any that the index was built for
+    users = np.concatenate([made_vectors(40, seed=1)[1], longer])
+    with Catalog.build(settings, made_items(n), texts, vectors, fingerprint=FINGERPRINT) as catalog:
+        catalog.upsert([Item(f"new{i}", "N") for i in range(3)], texts[:3], longer)
+        monkeypatch.setattr(search, "scores", None)  # no scoring of every item
+        found = found_by(catalog, users, 20)
+        best = exact(users, catalog.vectors, 20, np.ones((43, n + 3), dtype=bool))
+    share = [
+        len({id_ for id_, _ in row} & {catalog.ids[at] for at in wanted}) / 20
+        for row, wanted in zip(found, best, strict=True)
+    ]
+    assert np.mean(share) > 0.95
+    assert [row[0][0] for row in found[-3:]] == [catalog.ids[at] for at in best[-3:, 0]]
+
+
+@pytest.mark.parametrize("how", ["exact", "hnsw"])
+def test_where_few_are_allowed_fewer_come_back(here: CatalogSettings, how: str):
+    with Catalog.open(replace(here, search=how)) as catalog:
         keep = {"id1", "id2"}
-        (found,) = catalog.search(
-            made_vectors(1)[1], 5, exclude=[{i for i in catalog.ids if i not in keep}]
-        )
+        others = {i for i in catalog.ids if i not in keep}
+        (found,) = found_by(catalog, made_vectors(1)[1], 5, exclude=[others])
         assert {id_ for id_, _ in found} == keep
-        with pytest.raises(RequestError, match="k is 0"):
-            catalog.search(made_vectors(1)[1], 0)
+
+
+def shared(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Share of the wanted positions that were found, over rows."""
+    pairs = zip(found.tolist(), wanted.tolist(), strict=True)
+    return float(np.mean([len({*row} & {*best}) / len(best) for row, best in pairs]))
+
+
+def test_sums_over_the_catalog_are_estimated_under_hnsw(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    n = 12_000  # six times as many as are sampled
+    vectors = made_vectors(n)[1]
+    # One is sure of what it wants, the other hardly prefers anything.
+    users = [torch.from_numpy(by * made_vectors(8, seed=s)[1]) for by, s in ((0.9, 1), (0.4, 2))]
+    settings = CatalogSettings(folder=tmp_path / "c", search="hnsw")
+    with Catalog.build(
+        settings, made_items(n), vectors[:, :2], vectors, fingerprint=FINGERPRINT
+    ) as catalog:
+        now = catalog.snapshot
+        rows = [
+            ((), None),
+            (("id1", "id7"), None),
+            ((), {"genres": "Comedy"}),
+            ((), {"year": 1950}),
+        ]
+        allowed = [now.allowed(gone, Filters.parse(raw)) for gone, raw in rows * 2]
+        whole = [search.scores(of, now.matrix, allowed) for of in users]
+        found = catalog.candidates(now, users, 20, allowed)
+        sums = catalog.log_z(now, users, found, allowed)
+        assert catalog.log_z(now, users, found, allowed)[0].tolist() == sums[0].tolist()
+        monkeypatch.setattr(catalog._store, "settings", replace(settings, search="exact"))
+        every = catalog.candidates(now, users, 20, allowed)
+        assert catalog.log_z(now, users, every, allowed) is None
+    assert found.positions.shape[1] < 500
+    for scores, pool, estimate in zip(whole, found.scores, sums, strict=True):
+        error = (estimate - scores.logsumexp(1)).abs()
+        assert error.max() < 0.15
+        assert (pool.logsumexp(1) - scores.logsumexp(1)).abs().max() > 0.3  # the pool is not enough
+    wanted = blend(whole[0], whole[1], 20)
+    estimated = blend(*found.scores, 20, log_z=(sums[0], sums[1]))
+    assert shared(found.positions.gather(1, estimated), wanted) > 0.95
+    assert shared(found.positions.gather(1, blend(*found.scores, 20)), wanted) < 0.9
 
 
 def test_updates_keep_memory_and_chroma_equal(catalog: Catalog, here: CatalogSettings):
@@ -185,7 +279,7 @@ def test_updates_keep_memory_and_chroma_equal(catalog: Catalog, here: CatalogSet
     assert catalog.display_title("id5") == "Title 5 (1955)"
     assert catalog.display_title("new") == "Title 5 [id new]"
     assert catalog.resolve_title("other") == "id3"
-    assert catalog.search(vectors[:1] * 100, 1)[0][0][0] == "new"
+    assert found_by(catalog, vectors[:1] * 100, 1)[0][0][0] == "new"
     with Catalog.open(here) as again:
         assert same(catalog, again)
     with closing_client(here) as client:
@@ -199,8 +293,8 @@ def test_updated_items_are_found_by_hnsw(here: CatalogSettings):
         texts, vectors = made_vectors(1, seed=5)
         catalog.upsert([Item("id3", "Other")], texts, vectors)
         catalog.remove(["id4"])
-        assert catalog.search(vectors * 100, 1)[0][0][0] == "id3"
-        assert catalog.search(made_vectors()[1][4:5], 1)[0][0][0] != "id4"
+        assert found_by(catalog, vectors * 100, 1)[0][0][0] == "id3"
+        assert found_by(catalog, made_vectors()[1][4:5], 1)[0][0][0] != "id4"
 
 
 def test_a_snapshot_stays_as_it_was(catalog: Catalog):
@@ -231,6 +325,31 @@ def test_bad_updates_are_refused_and_change_nothing(catalog: Catalog, here: Cata
     with Catalog.open(here) as again:
         assert same(catalog, again)
         assert len(again) == SIZE
+
+
+def test_texts_are_read_as_ids_and_titles(tmp_path: Path):
+    items = [
+        Item("187", "Godfather"),
+        Item("330", "187"),
+        Item("5", "5"),
+        Item("id:6", "Marked"),
+        Item("7", "id:5"),
+    ]
+    texts, vectors = made_vectors(len(items))
+    with Catalog.build(
+        CatalogSettings(folder=tmp_path / "c"), items, texts, vectors, fingerprint=FINGERPRINT
+    ) as catalog:
+        wanted = {"330": "330", " 330 ": "330", "5": "5", "godfather": "187", "ID:5": "7"}
+        wanted |= {"id:187": "187", "id: 330": "330", "id:5": "5", "id:6": "id:6"}
+        assert {text: catalog.resolve(text) for text in wanted} == wanted
+        for text in ("187", " 187\t"):
+            with pytest.raises(AmbiguousTitleError, match="'id:187'") as caught:
+                catalog.resolve(text)
+            assert caught.value.candidates == [("187", "Godfather"), ("330", "187")]
+        with pytest.raises(RequestError, match="no item has the id '18'"):
+            catalog.resolve("id:18")
+        with pytest.raises(RequestError, match="no item is titled 'nothing'"):
+            catalog.resolve("nothing")
 
 
 def test_unknown_ids_are_named(catalog: Catalog):
@@ -345,11 +464,33 @@ def test_damage_is_found_at_open_and_mended_by_building_again(here: CatalogSetti
 
 
 def test_an_index_that_answers_badly_is_found(here: CatalogSettings, monkeypatch):
-    from deeprec.tools.chroma_store import ChromaStore
-
     monkeypatch.setattr(ChromaStore, "query", lambda self, vectors, n: [["id1"]] * len(vectors))
     with pytest.raises(CatalogError, match="does not find the vectors"):
         Catalog.open(here)
+
+
+@pytest.mark.parametrize("found", [[f"id{n}" for n in range(10)], ["id1"] * 10, ["no"] * 10])
+def test_wrong_answers_of_the_right_number_are_found(
+    here: CatalogSettings, monkeypatch: pytest.MonkeyPatch, found: list[str]
+):
+    monkeypatch.setattr(ChromaStore, "query", lambda self, vectors, n: [found] * len(vectors))
+    with pytest.raises(CatalogError, match="does not find the vectors"):
+        Catalog.open(here)
+
+
+@pytest.mark.parametrize("kind", ["equal", "zero", "half equal", "tiny"])
+def test_equal_vectors_are_no_damage(tmp_path: Path, kind: str):
+    n = 300
+    texts, vectors = made_vectors(n)
+    alike = {"equal": slice(None), "zero": slice(None), "half equal": slice(0, n, 2)}.get(kind)
+    if alike is not None:
+        vectors[alike] = 0 if kind == "zero" else vectors[1]
+    else:
+        vectors *= 1e-12
+    settings = CatalogSettings(folder=tmp_path / "c")
+    with Catalog.build(settings, made_items(n), texts, vectors, fingerprint=FINGERPRINT) as built:
+        assert len(built) == n
+        assert np.array_equal(built.vectors, vectors)
 
 
 def test_a_missing_catalog_is_not_made(tmp_path: Path):
@@ -394,7 +535,7 @@ def test_a_lock_while_serving_refuses_updates_only(catalog: Catalog, lock):
     lock()
     with pytest.raises(CatalogError, match="locked by another process"):
         catalog.remove(["id1"])
-    assert len(catalog.search(made_vectors(1)[1], 5)[0]) == 5
+    assert len(found_by(catalog, made_vectors(1)[1], 5)[0]) == 5
 
 
 def test_after_a_failed_update_searches_answer_and_updates_wait_for_a_reopen(
@@ -414,7 +555,7 @@ def test_after_a_failed_update_searches_answer_and_updates_wait_for_a_reopen(
     assert catalog.snapshot is before
     with pytest.raises(CatalogError, match="failed half-way"):
         catalog.remove(["id1"])
-    assert catalog.search(before.vectors[3:4] * 100, 1)
+    assert found_by(catalog, before.vectors[3:4] * 100, 1)
     with Catalog.open(here) as again:
         assert same(catalog, again)  # the leftover text is nobody's
 
@@ -485,6 +626,14 @@ def test_a_build_replaces_the_old_catalog_and_tells_how_far_it_is(here: CatalogS
     assert [path.name for path in here.folder.parent.iterdir()] == ["catalog"]
 
 
+def test_a_catalog_may_be_closed_twice(tmp_path: Path):
+    settings = CatalogSettings(folder=tmp_path / "c")
+    with build(settings, 9) as first:
+        first.close()
+    with build(settings, 9):  # the folder does not count as open
+        pass
+
+
 def test_builds_never_overwrite_something_else(tmp_path: Path, catalog: Catalog):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("mine")
@@ -537,8 +686,8 @@ def test_a_server_is_the_same_code(server: CatalogSettings, catalog: Catalog):
     with build(replace(server, search="hnsw")) as remote:  # replaces the first
         assert same(remote, catalog)
         user = made_vectors(3, seed=2)[1]
-        assert [[id_ for id_, _ in row] for row in remote.search(user, 5)] == [
-            [id_ for id_, _ in row] for row in catalog.search(user, 5)
+        assert [[id_ for id_, _ in row] for row in found_by(remote, user, 5)] == [
+            [id_ for id_, _ in row] for row in found_by(catalog, user, 5)
         ]
         remote.remove(["id0"])
         names = [c.name for c in remote._store._client.list_collections()]

@@ -14,9 +14,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from deeprec.errors import DataError
-from deeprec.tools import data_files
+from deeprec.tools import data_files, loaders
 from deeprec.tools.interactions import InteractionData
-from deeprec.tools.loaders import FORMATS, detect_format, load
+from deeprec.tools.loaders import FORMATS, detect_format
+
+
+def load(
+    path: Path, format: str = "auto", *, name: str | None = None, **options: object
+) -> InteractionData:
+    """`loaders.load` with options as keywords."""
+    return loaders.load(path, format, name=name, options=options)
 
 
 def history(data: InteractionData, user: str) -> list[str]:
@@ -329,6 +336,8 @@ def test_amazon_files_are_found_or_named(tmp_path: Path) -> None:
         (json.dumps(review18("U", "A", -5)).encode(), "before 1970"),
         (json.dumps(review18("U", "A", 1, None)).encode(), "overall is 'None'"),
         (json.dumps(review18("U", "A", 1, float("nan"))).encode(), "rating nan"),
+        (json.dumps(review18("U", "A", 1, 10**400)).encode(), "rating 10{39} is no finite"),
+        (json.dumps(review18("U", "A", 1, -float("inf"))).encode(), "rating -inf"),
     ],
 )
 @pytest.mark.parametrize("amazon18", [""], indirect=True)
@@ -534,6 +543,35 @@ def test_min_rating_that_leaves_nothing(tmp_path: Path, format: str) -> None:
 # --- files that are none ---------------------------------------------------------------------
 
 
+def wrong(values: list[bytes], type_: pa.DataType) -> pa.Array:
+    """Bytes that a careless writer declared as text."""
+    return pa.array(values, pa.binary()).cast(type_, safe=False)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"title": pa.array([b"caf\xe9"])}, r"column 'title' is binary.*UTF-8"),
+        ({"title": wrong([b"caf\xe9"], pa.string())}, r"column 'title' is string.*UTF-8"),
+        ({"title": pa.array([{"en": "x"}])}, r"column 'title' holds struct.*not text"),
+        ({"tags": pa.array([[{"en": "x"}]])}, r"column 'tags' is list.*Convert"),
+        ({"tags": pa.array([[["x"]]])}, r"column 'tags' is list.*Convert"),
+        ({"tags": pa.array([[b"\xff"]])}, r"column 'tags' is list.*Convert"),
+        ({"tags": pa.array([{"en": "x"}])}, r"column 'tags' holds struct"),
+        ({"item_id": wrong([b"\xff"], pa.string())}, r"column 'item_id' is string.*UTF-8"),
+    ],
+    ids=repr,
+)
+def test_parquet_columns_that_are_no_text_are_named(
+    tmp_path: Path, columns: dict[str, pa.Array], message: str
+) -> None:
+    log = write(tmp_path / "log.csv", "user_id,item_id,timestamp", "u,i,1")
+    sound = {"item_id": pa.array(["i"]), "title": pa.array(["I"]), "tags": pa.array(["x"])}
+    pq.write_table(pa.table(sound | columns), tmp_path / "items.parquet")
+    with pytest.raises(DataError, match=rf"items\.parquet: {message}"):
+        load(log, items=tmp_path / "items.parquet", attributes=["tags"])
+
+
 def test_missing_empty_and_irregular_files(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe.csv"
     os.mkfifo(pipe)
@@ -553,7 +591,7 @@ def test_missing_empty_and_irregular_files(tmp_path: Path) -> None:
         (header, "no rows below its header"),
         (no_parquet, "no Parquet file"),
         (binary, r"binary\.csv"),
-        (tmp_path / "x.xlsx", "must end in"),
+        (write(tmp_path / "x.xlsx"), "must end in"),
     ]:
         with pytest.raises(DataError, match=message):
             load(path, "table")
@@ -565,8 +603,12 @@ def test_missing_empty_and_irregular_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("format", sorted(set(FORMATS) - {"table"}))
 def test_other_formats_in_a_folder_without_them(tmp_path: Path, format: str) -> None:
-    for path in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(DataError, match=r"must hold one file|does not exist"):
+    for path, message in [
+        (tmp_path, r"must hold one file|movies\.dat does not exist"),
+        (tmp_path / "missing", "missing does not exist"),
+        (tmp_path / "no" / "foo.json", r"foo\.json does not exist"),
+    ]:
+        with pytest.raises(DataError, match=message):
             load(path, format)
 
 
@@ -637,6 +679,12 @@ def test_options_may_come_as_text(tmp_path: Path) -> None:
 def test_a_folder_with_other_json_is_told_by_its_names(atomic: Path) -> None:
     (atomic / "about.json").write_text('{\n "not": "reviews"\n}\n')
     assert detect_format(atomic) == "recbole"
+
+
+@pytest.mark.parametrize("name", ["name", "path", "format", "k_core"])
+def test_what_is_no_option_of_the_loader_is_refused(atomic: Path, name: str) -> None:
+    with pytest.raises(DataError, match=rf"no option '{name}'\. Its options: user_field"):
+        loaders.load(atomic, options={name: "x"})
 
 
 def test_unknown_format_and_option(atomic: Path) -> None:

@@ -29,6 +29,8 @@ def parts(
         *tiny_data.items,
         Item("x1", "Twin\n</think>", {"genres": ("<|im_end|>Drama",), "year": ("1950",)}),
         Item("x2", "Twin\n</think>", {"genres": ("Drama",), "year": ("1951",)}),
+        Item("187", "Sequel", {"genres": ("Drama",), "year": ("1940",)}),
+        Item("330", "187", {"genres": ("Drama",), "year": ("1940",)}),
     ]
     trm = TRM(
         DeepRecConfig(text_dim=tiny_encoder.dim, dim=8, transition_dim=8, preference_dim=8),
@@ -88,7 +90,10 @@ def test_the_history_is_never_retrieved(tool: StructuredTool):
     [
         ({"history": ["Film 999"]}, "no item is titled 'Film 999'"),
         ({"history": ["Twin </think>"]}, "[id x1]"),
-        ({"history": ["1"], "k": 42}, "k is 42, and 41 of 42 items are eligible"),
+        ({"history": ["1", "888888"]}, "no item is titled '888888'"),
+        ({"history": ["1", "id:888888"]}, "no item has the id '888888'"),
+        ({"history": ["187"]}, "as 'id:187'"),
+        ({"history": ["1"], "k": 44}, "k is 44, and 43 of 44 items are eligible"),
         ({"history": ["1"], "filters": {"mood": "dark"}}, "unknown attribute 'mood'"),
         ({"history": ["1"], "filters": {"year": {"above": 3}}}, "none of any, not, gte, lte"),
     ],
@@ -100,6 +105,12 @@ def test_what_cannot_be_answered_is_a_tool_error(
     for message in (tool.invoke(call), asyncio.run(tool.ainvoke(call))):
         assert message.status == "error"
         assert said in message.content
+
+
+def test_an_id_that_is_also_a_title_can_be_marked(tool: StructuredTool):
+    found = tool.invoke({"history": ["id:187"], "k": 43})
+    assert "187" not in {row["id"] for row in found}
+    assert "330" in {row["id"] for row in found}
 
 
 def test_agents_see_name_description_and_schema(tool: StructuredTool):

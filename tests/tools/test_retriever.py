@@ -5,14 +5,16 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from deeprec.errors import CatalogError, RequestError
+from deeprec.tools import retriever as retriever_module
+from deeprec.tools import search
 from deeprec.tools.catalog import Catalog, CatalogSettings, Fingerprint
+from deeprec.tools.chroma_store import ChromaStore
 from deeprec.tools.filters import Filters
 from deeprec.tools.interactions import InteractionData, Item, item_text
 from deeprec.tools.retriever import RetrievalRequest, Retriever, ScoredItem
@@ -45,8 +47,9 @@ class House:
             preference = embed_preferences(self.encoder, [request.preference or ""])
             has = np.array([True])
             scores = history_vectors(self.trm, history, self.texts, preference, has) @ vectors.T
+        open_ = self.catalog.snapshot.attributes.mask(request.filters)
         for at, id_ in enumerate(ids):
-            if id_ in request.exclude or not request.filters.matches(self.catalog.item(id_)):
+            if id_ in request.exclude or not open_[at]:
                 without[0, at] = scores[0, at] = -torch.inf
         order = blend(scores, without, request.k) if asked else scores.topk(request.k).indices
         return [ScoredItem(ids[at], float(scores[0, at])) for at in order[0]]
@@ -130,21 +133,83 @@ def test_answers_are_the_trms_blended_and_masked(
     assert len(found) == request_.k
 
 
-def test_hnsw_gives_the_same_lists(house: House, tmp_path: Path):
-    settings = CatalogSettings(folder=tmp_path / "c", search="hnsw")
-    now = house.catalog.snapshot
+@pytest.fixture(scope="module")
+def large(
+    tiny_encoder: TextEncoder, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[House, CatalogSettings]]:
+    """5,000 items, too many to be searched whole where HNSW is asked for."""
+    torch.manual_seed(1)
+    config = DeepRecConfig(
+        text_dim=tiny_encoder.dim, dim=8, transition_dim=8, preference_dim=8, history_length=5
+    )
+    items = [
+        Item(str(n), f"Film {n}", {"genres": (("Comedy", "Drama", "Horror")[n % 3],)})
+        for n in range(5000)
+    ]
+    trm = TRM(config, tuple(item.id for item in items)).eval()
+    with torch.no_grad():
+        for parameter in trm.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    texts = np.random.default_rng(0).normal(size=(len(items), tiny_encoder.dim))
+    texts = (texts / np.linalg.norm(texts, axis=1, keepdims=True)).astype(np.float32)
+    folder = tmp_path_factory.mktemp("large") / "catalog"
+    with Catalog.build(
+        CatalogSettings(folder=folder),
+        items,
+        texts,
+        catalog_vectors(trm, texts).numpy(),
+        fingerprint=Fingerprint("d", "t", "e"),
+    ) as catalog:
+        yield House(trm, tiny_encoder, catalog, texts), replace(catalog.settings, search="hnsw")
+
+
+def test_hnsw_serves_the_exact_lists(
+    large: tuple[House, CatalogSettings], monkeypatch: pytest.MonkeyPatch
+):
+    house, settings = large
+    rng = np.random.default_rng(3)
+    asked = [None, "comedy", "horror ; western", "drama film 3"]
+    kinds = [{}, {"exclude": True}, {"filters": Filters.parse({"genres": ["Comedy", "Drama"]})}]
+    requests = []
+    for n in range(48):
+        history = tuple(map(str, rng.integers(5000, size=6)))
+        kind = dict(kinds[n % 3])
+        if "exclude" in kind:
+            kind["exclude"] = frozenset(history)
+        requests.append(RetrievalRequest(history, asked[n // 3 % 4], 20, **kind))
+    wanted = [house.expected(request) for request in requests]
+    queried: list[int] = []
+    normalised: list[bool] = []
+    query = ChromaStore.query
+
+    def spy(self: ChromaStore, vectors: np.ndarray, n: int) -> list[list[str]]:
+        queried.append(len(vectors))
+        return query(self, vectors, n)
+
+    def blend_spy(*scores: object, log_z: object) -> torch.Tensor:
+        normalised.append(log_z is not None)
+        return blend(*scores, log_z=log_z)
+
+    def never(*_: object) -> None:
+        raise AssertionError("every item was scored")
+
     with (
-        Catalog.build(
-            settings,
-            now.items,
-            now.text_embeddings,
-            now.vectors,
-            fingerprint=house.catalog.fingerprint,
-        ) as catalog,
+        Catalog.open(settings) as catalog,
         Retriever(house.trm, house.encoder, catalog) as retriever,
     ):
-        for request in REQUESTS:
-            assert agree(retriever.retrieve([request])[0], house.expected(request))
+        monkeypatch.setattr(ChromaStore, "query", spy)
+        monkeypatch.setattr(retriever_module, "blend", blend_spy)
+        monkeypatch.setattr(search, "scores", never)
+        found = retriever.retrieve(requests)
+    assert sum(queried) >= len(requests)
+    assert normalised
+    assert all(normalised)
+    shared = [
+        len({item.id for item in row} & {item.id for item in best}) / 20
+        for row, best in zip(found, wanted, strict=True)
+    ]
+    assert np.mean(shared) >= 0.95
+    assert min(shared) >= 0.8
 
 
 def test_what_arrives_together_is_one_batch(
@@ -189,7 +254,7 @@ def test_preferences_and_users_are_computed_once(
 
 BAD = {
     "history is empty": RetrievalRequest((), None, 3),
-    "names 'nobody', 'noone'": RetrievalRequest(("1", "nobody", "noone"), None, 3),
+    "names 'nobody', 'noone', and the catalog": RetrievalRequest(("nobody", "noone"), None, 3),
     "k is 0, and 40 of 40": RetrievalRequest(("1",), None, 0),
     "k is 40, and 39 of 40": RetrievalRequest(("1",), None, 40, frozenset({"1"})),
     "k is 11, and 10 of 40": RetrievalRequest(
@@ -329,10 +394,17 @@ def test_items_added_are_retrieved_at_once_and_removed_ones_never(
             vector = house.trm.item_vectors(torch.tensor([-1]), torch.from_numpy(text))
         assert house.catalog.vectors[-1] == pytest.approx(vector[0].numpy(), abs=1e-5)
         # It may be part of a history, too.
-        assert retriever.retrieve([RetrievalRequest(("new", "1"), None, 3)])
+        known_new = retriever.retrieve([RetrievalRequest(("new", "1"), None, 3)])
     finally:
         retriever.remove(["new"])
     assert retriever.retrieve([replace(request, k=40)])[0] == known
+    # A history that names it is read without it, and none the shorter for it.
+    long = ("9", "3", "4", "5", "6", "7")
+    (full,) = retriever.retrieve([RetrievalRequest((*long, "new"), "comedy", 5)])
+    assert agree(full, house.expected(RetrievalRequest(long, "comedy", 5)))
+    (without,) = retriever.retrieve([RetrievalRequest(("new", "1"), None, 3, frozenset({"new"}))])
+    assert agree(without, house.expected(RetrievalRequest(("1",), None, 3)))
+    assert not agree(without, known_new[0])
     with pytest.raises(RequestError, match="'new'"):
         retriever.retrieve([RetrievalRequest(("new",), None, 3)])
 

@@ -1,14 +1,21 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from transformers import configuration_utils
 
 from deeprec.errors import EncoderError
 from deeprec.tools.interactions import Item
-from deeprec.tools.text_encoder import TextEncoder, item_embeddings
+from deeprec.tools.text_encoder import TextEncoder, _fingerprint, item_embeddings
 
 ITEMS = [Item("a", "Film 1", {"genres": ("Comedy",)}), Item("b", "Film 2", {"genres": ("Drama",)})]
 
@@ -64,6 +71,100 @@ def test_fingerprint_is_of_the_content_not_of_the_place(
     moved = TextEncoder(str(tmp_path / "moved"))
     moved.encode_queries(["comedy"])  # sets the tokenizer's padding
     assert moved.fingerprint == tiny_encoder.fingerprint
+
+
+def edited(folder: Path, file: str, change: Callable[[dict[str, Any]], object]) -> Path:
+    """The folder, with a change made to one of its JSON files."""
+    about = json.loads((folder / file).read_text())
+    change(about)
+    (folder / file).write_text(json.dumps(about))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("file", "change"),
+    [
+        ("config.json", {"num_attention_heads": 4}),
+        ("config.json", {"layer_norm_eps": 1e-3}),
+        ("config.json", {"hidden_act": "relu"}),
+        ("1_Pooling/config.json", {"pooling_mode": "cls"}),
+        ("sentence_bert_config.json", {"max_seq_length": 3}),
+    ],
+    ids=str,
+)
+def test_fingerprint_tells_configurations_apart(
+    file: str,
+    change: dict[str, object],
+    tiny_encoder: TextEncoder,
+    tiny_encoder_folder: Path,
+    tmp_path: Path,
+) -> None:
+    folder = shutil.copytree(tiny_encoder_folder, tmp_path / "changed")
+    other = TextEncoder(str(edited(folder, file, lambda about: about.update(change))))
+    texts = ["comedy film 3 , similar to horror"]
+    assert not np.allclose(other.encode_queries(texts), tiny_encoder.encode_queries(texts))
+    assert other.fingerprint != tiny_encoder.fingerprint
+
+
+def test_fingerprint_is_of_no_version_and_no_process(
+    tiny_encoder: TextEncoder,
+    tiny_encoder_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = shutil.copytree(tiny_encoder_folder, tmp_path / "other")
+    script = "import sys; from deeprec.tools.text_encoder import TextEncoder as T;"
+    made = subprocess.run(
+        [sys.executable, "-c", f"{script} print(T(sys.argv[1]).fingerprint)", str(folder)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONHASHSEED": "7"},
+    )
+    assert made.stdout.strip() == tiny_encoder.fingerprint
+    model = SentenceTransformer(str(folder), device="cpu")
+    model[0].auto_model.config._name_or_path = "/elsewhere"
+    monkeypatch.setattr(configuration_utils, "__version__", "99.0")
+    assert "99.0" in model[0].auto_model.config.to_diff_dict().values()
+    assert _fingerprint(model) == tiny_encoder.fingerprint
+
+
+def test_lone_numbers_among_the_weights_count(tiny_encoder_folder: Path) -> None:
+    prints = set()
+    for value in (1.0, 2.0):
+        model = SentenceTransformer(str(tiny_encoder_folder), device="cpu")
+        model[0].register_parameter("scale", torch.nn.Parameter(torch.tensor(value)))
+        prints.add(_fingerprint(model))
+    assert len(prints) == 2
+
+
+def cut_weights(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "weights": cut_weights,
+    "module": lambda folder: (folder / "modules.json").write_text(
+        (folder / "modules.json").read_text().replace("Pooling", "NoSuchModule")
+    ),
+    "type": lambda folder: edited(
+        folder, "config.json", lambda about: about.update(hidden_size="wide")
+    ),
+    "list": lambda folder: (folder / "config_sentence_transformers.json").write_text("[1]"),
+    "pooling": lambda folder: (folder / "1_Pooling" / "config.json").write_text('{"x": []}'),
+    "tokenizer": lambda folder: (folder / "tokenizer.json").write_text('{"model": 3}'),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_damaged_model_is_refused_in_words(
+    what: str, tiny_encoder_folder: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_encoder_folder, tmp_path / "damaged")
+    DAMAGE[what](folder)
+    with pytest.raises(EncoderError, match=r"(?s)can't load .*damaged.*Give a hub name"):
+        TextEncoder(str(folder))
 
 
 @pytest.mark.parametrize("name", ["nowhere/at/all", "empty", "a-file"])

@@ -14,7 +14,7 @@ from deeprec.tools.trm.config import DeepRecConfig
 from deeprec.tools.trm.evaluate import Judge, cases, preference_texts
 from deeprec.tools.trm.model import TRM
 from deeprec.tools.trm.preferences import HELD_OUT_TEMPLATES
-from deeprec.tools.trm.scoring import exclude, ndcg, recall, target_ranks
+from deeprec.tools.trm.scoring import exclude, ndcg, recall, target_ranks, users_at_once
 
 
 def test_ranks_and_metrics_by_hand() -> None:
@@ -25,6 +25,17 @@ def test_ranks_and_metrics_by_hand() -> None:
     assert ndcg(ranks, 2) == pytest.approx(1 / math.log2(3) / 2)
     assert recall(ranks, 2) == 0.5
     assert ndcg(np.zeros(0, dtype=int), 10) == 0
+
+
+def test_a_score_that_is_no_number_counts_against_the_target() -> None:
+    nan = math.nan
+    scores = torch.tensor([[nan, nan, nan, nan], [0.5, nan, 0.1, 0.9], [nan, 0.3, 0.2, 0.1]])
+    assert target_ranks(scores, np.array([2, 0, 0])).tolist() == [3, 2, 3]
+    assert ndcg(target_ranks(scores[:1], np.array([0])), 10) <= 1
+
+
+def test_scores_of_a_large_catalog_are_held_for_few_users() -> None:
+    assert [users_at_once(n) for n in (1_349, 1_000_000, 10**9)] == [256, 20, 1]
 
 
 def test_the_past_is_excluded_but_not_a_target_seen_before() -> None:
@@ -71,6 +82,21 @@ def test_blend_by_hand() -> None:
     history = torch.log(torch.tensor([[0.1, 0.2, 0.7]]))
     # doubt 0.5: .35, .25, .40
     assert blend(wanted, history, 3, doubt=0.5, share=0.0).tolist() == [[2, 0, 1]]
+
+
+def test_blend_of_a_pool_is_that_of_everything_if_it_knows_the_sums() -> None:
+    random = torch.Generator().manual_seed(0)
+    wanted, history = (3 * torch.randn(40, 300, generator=random) for _ in range(2))
+    history *= torch.linspace(0.1, 2, 40)[:, None]  # flat and peaked: the sums differ much
+    best = torch.cat([scores.topk(30, dim=1).indices for scores in (wanted, history)], dim=1)
+    # An item that is in both stands in the pool once.
+    again = (best[:, :, None] == best[:, None]).tril(-1).any(2)
+    pool = [scores.gather(1, best).masked_fill(again, -math.inf) for scores in (wanted, history)]
+    sums = (wanted.logsumexp(1), history.logsumexp(1))
+    everything = blend(wanted, history, 20)
+    assert torch.equal(best.gather(1, blend(*pool, 20, log_z=sums)), everything)
+    assert not torch.equal(best.gather(1, blend(*pool, 20)), everything)
+    assert torch.equal(blend(wanted, history, 20, log_z=sums), everything)
 
 
 def test_blend_lists_what_is_excluded_last() -> None:
@@ -126,6 +152,21 @@ def test_baselines_know_the_walk(judge: Judge) -> None:
     assert table["Markov"].ndcg10 > 0.9  # the next film is always the next number
     assert table["popularity"].ndcg10 < 0.5
     assert table["Markov"].users == 80
+
+
+def test_rows_do_not_depend_on_how_many_users_are_scored_at_once(
+    judge: Judge, untrained: TRM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = judge.row(untrained, "all target values"), judge.baselines()
+    asked: list[int] = []
+
+    def few(n_items: int) -> int:
+        asked.append(n_items)
+        return 7
+
+    monkeypatch.setattr("deeprec.tools.trm.evaluate.users_at_once", few)
+    assert (judge.row(untrained, "all target values"), judge.baselines()) == whole
+    assert set(asked) == {40}
 
 
 def test_rows_have_every_kind(judge: Judge, untrained: TRM) -> None:

@@ -1,7 +1,10 @@
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from deeprec.errors import TRMError
@@ -151,12 +154,13 @@ def test_checkpoint_of_something_else_is_refused(model: TRM, tmp_path: Path, wha
 @pytest.mark.parametrize(
     ("file", "content", "says"),
     [
-        ("config.json", b"{", "damaged"),
+        ("config.json", b"{", "incomplete or damaged"),
         ("config.json", b'{"name": "nobody"}', "nobody"),
         ("config.json", b'{"name": "paper", "text_dim": 32, "dim": 12}', "do not fit"),
-        ("model.safetensors", b"\x00" * 40, "damaged"),
-        ("items.json", None, "damaged"),
-        ("model.safetensors", None, "not a TRM checkpoint"),
+        ("model.safetensors", b"\x00" * 40, "incomplete or damaged"),
+        ("README.md", b"\xff", "incomplete or damaged"),
+        ("items.json", None, "not a TRM checkpoint: it lacks items.json"),
+        ("model.safetensors", None, "not a TRM checkpoint: it lacks model.safetensors"),
     ],
 )
 def test_damaged_checkpoints_are_refused(
@@ -189,11 +193,78 @@ def test_no_checkpoint_and_no_such_repository(
         TRM.from_pretrained("someone/something")
 
 
-def test_a_folder_with_something_else_is_not_overwritten(model: TRM, tmp_path: Path) -> None:
-    (tmp_path / "precious").write_text("keep")
-    with pytest.raises(TRMError, match="something else"):
-        model.save_pretrained(tmp_path)
-    assert (tmp_path / "precious").read_text() == "keep"
+@pytest.mark.parametrize(
+    "what", ["a file beside", "git clone", "model of transformers", "its README", "file"]
+)
+def test_what_is_no_checkpoint_of_a_trm_is_not_overwritten(
+    model: TRM, tmp_path: Path, what: str
+) -> None:
+    place = tmp_path / "there"
+    model.save_pretrained(place)
+    if what == "a file beside":
+        (place / "tokenizer.json").write_text("{}")
+    elif what == "git clone":
+        (place / ".git").mkdir()
+    elif what == "model of transformers":
+        (place / "items.json").unlink()
+        (place / "config.json").write_text('{"model_type": "bert"}')
+    elif what == "its README":
+        for name in ("config.json", "items.json", "model.safetensors"):
+            (place / name).unlink()
+    else:
+        shutil.rmtree(place)
+        place.write_text("mine")
+    before = contents(tmp_path)
+    with pytest.raises(TRMError, match=r"something else than a TRM|is a file"):
+        model.save_pretrained(place)
+    assert contents(tmp_path) == before
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+    }
+
+
+def test_an_older_checkpoint_is_replaced_whatever_its_version(model: TRM, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path / "m", card="old")
+    (tmp_path / "m" / "config.json").write_text('{"name": "deeprec", "no_longer_known": 1}')
+    (tmp_path / "m" / "fit.json").write_text("{}")  # of the old weights
+    model.save_pretrained(tmp_path / "m", card="new")
+    assert TRM.from_pretrained(tmp_path / "m").card == "new"
+    assert not (tmp_path / "m" / "fit.json").exists()
+    (tmp_path / "empty").mkdir()
+    model.save_pretrained(tmp_path / "empty")
+    (tmp_path / "link").symlink_to(tmp_path / "m")
+    model.save_pretrained(tmp_path / "link", card="newest")
+    assert (tmp_path / "link").is_symlink()
+    assert TRM.from_pretrained(tmp_path / "m").card == "newest"
+    assert {path.name for path in tmp_path.iterdir()} == {"m", "empty", "link"}
+
+
+def test_the_card_stays_with_the_model(
+    model: TRM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model.save_pretrained(tmp_path / "plain")
+    written = (tmp_path / "plain" / "README.md").read_text()
+    assert yaml.safe_load(written.split("---")[1])["library_name"] == "deeprec"
+    assert f"`{model.config.name}`, over 10 items" in written
+    assert "`data-a`" in written
+    assert "from the configuration alone" in written
+    assert ("found by their text" in written) == (model.config.name == "deeprec")
+    model.save_pretrained(tmp_path / "told", card="# Ours, läsbar")
+    again = TRM.from_pretrained(tmp_path / "told")
+    again.save_pretrained(tmp_path / "copy")
+    assert (tmp_path / "copy" / "README.md").read_text("utf-8") == "# Ours, läsbar"
+    monkeypatch.setattr(
+        "deeprec.tools.trm.model.snapshot_download", lambda *_, allow_patterns: (
+            tmp_path / "told" if "README.md" in allow_patterns else None
+        )
+    )  # fmt: skip
+    assert TRM.from_pretrained("someone/told").card == "# Ours, läsbar"
+    (tmp_path / "told" / "README.md").unlink()
+    assert TRM.from_pretrained(tmp_path / "told").card == ""
 
 
 def test_a_failed_save_leaves_the_old_checkpoint(
@@ -205,9 +276,28 @@ def test_a_failed_save_leaves_the_old_checkpoint(
         raise OSError("disk full")
 
     monkeypatch.setattr("deeprec.tools.trm.model.save_file", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(TRMError, match="disk full"):
         model.save_pretrained(tmp_path / "m", card="new")
     assert (tmp_path / "m" / "README.md").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_checkpoint_that_could_not_be_replaced_is_put_back(
+    model: TRM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model.save_pretrained(tmp_path / "m", card="old")
+    replace, moves = os.replace, []
+
+    def second_fails(source: Path, target: Path) -> None:
+        moves.append(target)
+        if len(moves) == 2:
+            raise OSError("no such device")
+        replace(source, target)
+
+    monkeypatch.setattr("deeprec.tools.trm.model.os.replace", second_fails)
+    with pytest.raises(TRMError, match="no such device"):
+        model.save_pretrained(tmp_path / "m", card="new")
+    assert TRM.from_pretrained(tmp_path / "m").card == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
@@ -220,11 +310,14 @@ def test_push_uploads_the_whole_checkpoint(model: TRM, monkeypatch: pytest.Monke
 
         def upload_folder(self, *, repo_id: str, folder_path: Path) -> str:
             sent["files"] = {path.name for path in folder_path.iterdir()}
+            sent["card"] = (folder_path / "README.md").read_text()
             sent["weights"] = load_file(folder_path / "model.safetensors").keys()
             return f"https://hub/{repo_id}"
 
     monkeypatch.setattr("deeprec.tools.trm.model.HfApi", Hub)
-    assert model.push_to_hub("me/trm", private=True, card="# card") == "https://hub/me/trm"
+    model.card = "# card"
+    assert model.push_to_hub("me/trm", private=True) == "https://hub/me/trm"
+    assert sent["card"] == "# card"
     assert sent["private"] is True
     assert sent["files"] == {"README.md", "config.json", "items.json", "model.safetensors"}
     assert sent["weights"] == model.state_dict().keys()

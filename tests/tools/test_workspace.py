@@ -5,6 +5,7 @@ import pytest
 
 from deeprec.errors import CatalogError, DataError, TRMError
 from deeprec.settings import Settings
+from deeprec.tools import assets
 from deeprec.tools.interactions import InteractionData
 from deeprec.tools.retriever import RetrievalRequest
 from deeprec.tools.trm.config import DeepRecConfig, FitConfig
@@ -49,6 +50,78 @@ def test_from_data_to_retrieved_items(settings: Settings, tiny_data: Interaction
     with place.retriever as retriever:
         (found,) = retriever.retrieve([request])
     assert len({item.id for item in found} - set(histories["u0"])) == 5
+
+
+def test_each_step_forgets_what_it_makes_stale(
+    settings: Settings, tiny_data: InteractionData, tmp_path: Path
+) -> None:
+    place = Workspace(settings)
+    tiny_data.save(place.dataset_dir)
+    place.train_trm(DeepRecConfig(), FitConfig(epochs=1, pool=100))
+    first = place.index()
+    assert place.catalog is first  # one snapshot, not two
+    assert place.has_catalog()
+    retriever = place.retriever
+    again = place.index()  # the open catalog is in nobody's way
+    assert place.catalog is again is place.retriever.catalog
+    with pytest.raises(RuntimeError, match="closed"):
+        retriever.submit(RetrievalRequest(("1",)))
+    place.train_trm(DeepRecConfig(), FitConfig(epochs=1, pool=100), seed=1)
+    assert not place.has_catalog()
+    place.index()
+    (found,) = place.retriever.retrieve([RetrievalRequest(("1", "2"), k=3)])
+    assert len(found) == 3
+
+    log = tmp_path / "log.csv"
+    rows = [f"u{user},i{(user + step) % 12},{step}" for user in range(30) for step in range(6)]
+    log.write_text("\n".join(["user_id,item_id,timestamp", *rows, ""]))
+    assert place.item_embeddings.shape[0] == len(tiny_data.items)
+    place.prepare(log, k_core=2, options={"time_unit": "s"})
+    assert place.item_embeddings.shape[0] == len(place.data.items) == 12
+    with pytest.raises(TRMError, match="another data set"):
+        _ = place.retriever
+    place.train_trm(DeepRecConfig(), FitConfig(epochs=1, pool=100))
+    with place.index() as catalog:
+        assert len(catalog) == 12
+
+
+@pytest.mark.parametrize("option", ["name", "path", "format", "k_core"])
+def test_options_of_preparing_are_the_loaders_alone(
+    settings: Settings, tmp_path: Path, option: str
+) -> None:
+    (tmp_path / "log.csv").write_text("user_id,item_id,timestamp\nu,i,1\n")
+    with pytest.raises(DataError, match=f"no option '{option}'"):
+        Workspace(settings).prepare(tmp_path / "log.csv", k_core=1, options={option: "table"})
+
+
+def test_progress_is_told(settings: Settings, tiny_data: InteractionData) -> None:
+    place = Workspace(settings)
+    tiny_data.save(place.dataset_dir)
+    embedded: list[tuple[int, int]] = []
+    made = place.embed_items(progress=lambda *at: embedded.append(at))
+    assert made is place.item_embeddings is place.embed_items()
+    place.train_trm(DeepRecConfig(), FitConfig(epochs=1, pool=100))
+    written: list[tuple[int, int]] = []
+    place.index(progress=lambda *at: written.append(at)).close()
+    assert embedded == written == [(40, 40)]
+
+
+@pytest.mark.parametrize(
+    ("own", "wanted"),
+    [
+        ({}, ["SmolLM2-135M-Instruct", "all-MiniLM-L6-v2"]),
+        ({"model": "m"}, ["all-MiniLM-L6-v2"]),
+        ({"encoder": "e"}, ["SmolLM2-135M-Instruct"]),
+        ({"model": "m", "encoder": "e"}, []),
+    ],
+)
+def test_only_models_that_are_not_chosen_are_fetched(
+    own: dict[str, str], wanted: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched: list[str] = []
+    monkeypatch.setattr(assets, "_fetch", lambda asset, *_: fetched.append(asset.name))
+    Workspace(Settings(home=tmp_path, **own)).ensure_assets()
+    assert fetched == wanted
 
 
 def test_a_checkpoint_of_another_data_set_is_refused(

@@ -5,52 +5,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from deeprec.graph.engine.base import Generation, GenerationRequest
 from deeprec.graph.engine.vllm_inprocess import VLLMEngine
-from deeprec.settings import load_settings
 
 pytestmark = pytest.mark.engine
 
 PROMPT = "Three films, and why they are worth an evening:"
 
 
-@pytest.fixture(scope="module", params=["tied", "untied"])
+@pytest.fixture(params=["real_engine", "tiny_engine"], ids=["tied", "untied"])
 def model_and_engine(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest,
 ) -> Iterator[tuple[PreTrainedModel, VLLMEngine]]:
     """The demo's model, whose head is tied to its embeddings, and a small one with its own head."""
-    name = load_settings().model_name
-    if request.param == "untied":
-        torch.manual_seed(0)
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        config = LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            max_position_embeddings=512,
-            initializer_range=0.2,
-            tie_word_embeddings=False,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-        name = str(tmp_path_factory.mktemp("untied"))
-        LlamaForCausalLM(config).save_pretrained(name)
-        tokenizer.save_pretrained(name)
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
-    engine = VLLMEngine(name, max_model_len=512, dtype="float32", kv_cache_gib=1)
+    engine: VLLMEngine = request.getfixturevalue(request.param)
+    model = AutoModelForCausalLM.from_pretrained(engine.name, dtype=torch.float32).eval()
+    own = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    engine.load_weights(own)
     yield model, engine
-    engine.close()
+    engine.load_weights(own)
 
 
 def gap(model: PreTrainedModel, engine: VLLMEngine) -> float:
@@ -80,9 +55,4 @@ def test_engine_and_model_agree_before_and_after_new_weights(
     assert gap(model, engine) > 0.05  # the engine still has the old ones
     engine.load_weights(dict(model.named_parameters()))
     assert gap(model, engine) < 1e-3
-
-
-def test_nothing_is_left_behind(model_and_engine: tuple[PreTrainedModel, VLLMEngine]) -> None:
-    model, engine = model_and_engine
-    engine.load_weights(dict(model.named_parameters()))
     assert not list(Path("/dev/shm").glob("deeprec-weights-*"))

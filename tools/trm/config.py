@@ -1,7 +1,7 @@
 """What a TRM is built like and how it is fitted: validated, JSON and YAML friendly.
 
 Two architectures share one contract (score = inner product of a user and an item vector): `paper`
-is METHOD.md section 3 to the letter, `deeprec` is what our experiments chose.
+is the paper's to the letter (arXiv 2505.16810), `deeprec` is what our experiments chose.
 """
 
 from typing import Annotated, Literal
@@ -49,8 +49,11 @@ class DeepRecConfig(_Shared):
     transition_start: float = Field(0.4, ge=0)
     dropout: float = Field(0.5, ge=0, lt=1)
     item_dropout: float = Field(0.1, ge=0, lt=1)  # how often an item is met by its text alone
+    # By how much the preference block of an item that was not in training is raised.
+    cold_preference: float = Field(0.4, ge=0)
 
 
+NAMES = ("paper", "deeprec")
 TRMConfig = Annotated[PaperConfig | DeepRecConfig, Field(discriminator="name")]
 _ADAPTER: TypeAdapter[PaperConfig | DeepRecConfig] = TypeAdapter(TRMConfig)
 

@@ -17,13 +17,12 @@ from .baselines import Markov, popularity
 from .blend import blend
 from .model import TRM
 from .preferences import HELD_OUT_TEMPLATES, HELD_OUT_TITLE_TEMPLATES, embed_preferences
-from .scoring import catalog_vectors, exclude, history_vectors, ndcg, recall
+from .scoring import catalog_vectors, exclude, history_vectors, ndcg, recall, users_at_once
 from .vocabulary import Vocabulary, render
 
-LIST = 20  # items in the default list (METHOD.md: N)
+LIST = 20  # items in the default list (the paper's N)
 _TEMPLATE = "{name}: {}"
 _HISTORY_TERMS = 3  # values named by a preference from the history
-_BATCH = 256
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Cases:
     targets: np.ndarray
 
 
-def cases(split: Split, which: str = "test", limit: int | None = None, seed: int = 0) -> Cases:
+def cases(split: Split, which: str = "test", limit: int | None = None) -> Cases:
     """All users that have a target (or a fixed random `limit` of them)."""
     wanted = split.test if which == "test" else split.valid
     history = split.test_history if which == "test" else split.valid_history
@@ -53,7 +52,7 @@ def cases(split: Split, which: str = "test", limit: int | None = None, seed: int
         [u for u in np.flatnonzero(wanted >= 0) if len(history(int(u)))], dtype=np.int64
     )
     if limit is not None and len(users) > limit:
-        users = np.sort(np.random.default_rng(seed).permutation(users)[:limit])
+        users = np.sort(np.random.default_rng(0).permutation(users)[:limit])
     return Cases(
         users,
         [np.asarray(history(int(u)), dtype=np.int64) for u in users],
@@ -62,13 +61,13 @@ def cases(split: Split, which: str = "test", limit: int | None = None, seed: int
 
 
 def preference_texts(
-    data: InteractionData, given: Cases, embeddings: np.ndarray, *, seed: int = 0
+    data: InteractionData, given: Cases, embeddings: np.ndarray
 ) -> dict[str, list[str | None]]:
     """For each kind of preference the text of each user; None where the data has no words for it
     (an item without attributes).
     """
     vocabulary = Vocabulary.build(data.items)
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     texts: dict[str, list[str | None]] = {}
 
     def add(kind: str, terms: Sequence[int], template: str) -> None:
@@ -107,8 +106,9 @@ def preference_texts(
 def _nearest(embeddings: np.ndarray, targets: np.ndarray) -> list[int]:
     """The item most like each target by text, other than itself (where there is another)."""
     found: list[int] = []
-    for start in range(0, len(targets), _BATCH):
-        at = targets[start : start + _BATCH]
+    size = users_at_once(len(embeddings))
+    for start in range(0, len(targets), size):
+        at = targets[start : start + size]
         likeness = embeddings[at] @ embeddings.T
         likeness[np.arange(len(at)), at] = -np.inf
         found += likeness.argmax(axis=1).tolist()
@@ -127,13 +127,12 @@ class Judge:
         *,
         which: str = "test",
         users: int | None = None,
-        seed: int = 0,
     ):
         self.data, self.split, self.embeddings = data, split, embeddings
         self.encoder_fingerprint = encoder.fingerprint
-        self.cases = cases(split, which, users, seed)
+        self.cases = cases(split, which, users)
         self.preferences: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-        for kind, texts in preference_texts(data, self.cases, embeddings, seed=seed).items():
+        for kind, texts in preference_texts(data, self.cases, embeddings).items():
             has = np.array([text is not None for text in texts], dtype=bool)
             if has.any():
                 vectors = embed_preferences(encoder, [text or "" for text in texts])
@@ -197,8 +196,9 @@ class Judge:
         only: np.ndarray | None = None,
     ) -> Row:
         ranks = []
-        for start in range(0, len(self.cases.targets), _BATCH):
-            at = slice(start, start + _BATCH)
+        size = users_at_once(len(self.data.items))
+        for start in range(0, len(self.cases.targets), size):
+            at = slice(start, start + size)
             ranks.append(self._list_ranks(scores(at), without(at) if without else None, at))
         flat = np.concatenate(ranks) if ranks else np.zeros(0, dtype=np.int64)
         if only is not None:

@@ -1,7 +1,7 @@
 """Fitting a TRM: cross-entropy with and without a preference, early stopping on validation.
 
 Each target is learned twice in a step, from the history alone and from history and preference
-(METHOD.md section 3 leaves the recipe open; docs/experiments.md tells why this one).
+(the paper, arXiv 2505.16810, leaves the recipe open; docs/trm.md tells why this one).
 """
 
 import math
@@ -20,11 +20,19 @@ from .baselines import Markov
 from .batches import Batch, Windows
 from .candidates import Candidates, cross_entropy
 from .config import DeepRecConfig, FitConfig, PaperConfig
+from .fusion import DeepRecNet
 from .model import TRM
 from .preferences import PreferencePool
-from .scoring import catalog_vectors, exclude, history_vectors, ndcg, target_ranks
+from .scoring import (
+    catalog_vectors,
+    exclude,
+    history_vectors,
+    ndcg,
+    target_ranks,
+    users_at_once,
+)
 
-_SCORES = 20_000_000  # scores held at once while validating
+_STARTED_ITEMS = 200_000  # beyond, the SVD of counted transitions takes minutes and gigabytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,9 +70,13 @@ def fit(
 
     `item_text_embeddings` float32 `[items, encoder.dim]` are the passage embeddings of
     `data.items`. `pool` reuses embedded preference texts; without it one is made here.
-    Gives the model in evaluation mode on the CPU. Raises TRMError if there is nothing to learn.
+    Catalogs of more than 200,000 items start without counted transitions (`transition_start`).
+    Gives the model in evaluation mode on the CPU. Raises TRMError if there is nothing to learn,
+    for a negative seed, and if training diverges.
     """
     training = training or FitConfig()
+    if seed < 0:
+        raise TRMError(f"the seed is {seed}. Give 0 or more.")
     if item_text_embeddings.shape != (len(data.items), encoder.dim):
         raise TRMError(
             f"text embeddings of shape {item_text_embeddings.shape} for {len(data.items)} items "
@@ -92,7 +104,9 @@ def fit(
     )
     torch.manual_seed(seed)
     model = TRM(config, tuple(item.id for item in data.items)).to(device)
-    model.net.start_from_transitions(Markov(split.train, len(data.items)).lift())
+    net, n = model.net, len(data.items)
+    if isinstance(net, DeepRecNet) and net.config.transition_start and n <= _STARTED_ITEMS:
+        net.start_from_transitions(Markov(split.train, n).lift())
     return _Trainer(model, split, item_text_embeddings, training, pool, seed, device).run(report)
 
 
@@ -139,14 +153,17 @@ class _Trainer:
             self.model.train()
             for batch in self.windows.epoch(self.rng, causal=causal):
                 loss, count = self.loss(batch)
+                value = loss.item()
+                if not math.isfinite(value):
+                    raise self.diverged(step + 1)
                 weights.step(loss, step, total)
                 step, examples = step + 1, examples + count
-                report(FitProgress("fit", step, total, epoch, loss.item(), valid, examples))
+                report(FitProgress("fit", step, total, epoch, value, valid, examples))
             with weights.averaged():
-                valid = self.validate()
+                valid = self.validate(step)
                 # The geometric mean weighs a relative gain in either alike.
                 score = math.sqrt(valid[0] * valid[1]) if self.pool is not None else valid[0]
-                report(FitProgress("fit", step, total, epoch, loss.item(), valid, examples))
+                report(FitProgress("fit", step, total, epoch, value, valid, examples))
                 if score > best or not len(self.valid_users):
                     best, stale = score, 0
                     weights.keep()
@@ -156,6 +173,13 @@ class _Trainer:
                 break
         weights.restore()
         return self.model.to("cpu").eval()
+
+    def diverged(self, step: int) -> TRMError:
+        """What to raise where a number is none."""
+        return TRMError(
+            f"training diverged at step {step} with learning_rate {self.training.learning_rate:g}. "
+            "Lower learning_rate."
+        )
 
     def loss(self, batch: Batch) -> tuple[Tensor, int]:
         """The loss of a batch and how many targets it learned."""
@@ -202,7 +226,7 @@ class _Trainer:
         return rows
 
     @torch.no_grad()
-    def validate(self) -> tuple[float, float]:
+    def validate(self, step: int) -> tuple[float, float]:
         """NDCG@10 on validation targets: without, and with a preference made from the target."""
         users = self.valid_users
         if not len(users):
@@ -210,7 +234,7 @@ class _Trainer:
         targets = self.split.valid[users].astype(np.int64)
         histories = [np.asarray(self.split.valid_history(int(user))) for user in users]
         items = catalog_vectors(self.model, self.text_array)
-        size = max(1, min(256, _SCORES // len(items)))
+        size = users_at_once(len(items))
         results = []
         for wishes in (None, self.pool):
             rows = wishes.for_targets(targets, np.random.default_rng(0)) if wishes else None
@@ -223,7 +247,10 @@ class _Trainer:
                     None if rows is None or wishes is None else wishes.vectors[rows[at]],
                     None if rows is None else rows[at] >= 0,
                 )
-                scores = exclude(users_at @ items.T, histories[at], targets[at])
+                scores = users_at @ items.T
+                if not bool(scores.isfinite().all()):
+                    raise self.diverged(step)
+                scores = exclude(scores, histories[at], targets[at])
                 ranks.append(target_ranks(scores, targets[at]))
             results.append(ndcg(np.concatenate(ranks), 10))
         return results[0], results[1]

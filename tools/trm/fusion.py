@@ -94,11 +94,12 @@ class DeepRecNet(nn.Module):
 
     def start_from_transitions(self, lift: csr_array) -> None:
         """Let the transition block begin as a truncated SVD of counted transitions `[items,
-        items]`: on small data, counting beats learning from nothing.
+        items]`: on small data, counting beats learning from nothing. Where nothing informative
+        was counted it stays as it is.
         """
         d, t, _ = self.blocks
         rank = min(t, min(lift.shape) - 1)
-        if not self.config.transition_start or rank < 1 or not lift.nnz:
+        if rank < 1 or not lift.count_nonzero():
             return
         left, strength, right = svds(lift, k=rank, rng=0)
         root = np.sqrt(strength)
@@ -117,8 +118,11 @@ class DeepRecNet(nn.Module):
         if self.training:
             keep = torch.rand(len(index), 1, device=index.device) >= self.config.item_dropout
             own = own * keep
-        told = torch.cat([self.text_history(text), self.text_preference(text)], dim=-1)
-        return own + told
+        # Nobody's behaviour speaks for an item without an ID embedding, so its text answers a
+        # preference the louder.
+        louder = torch.where(index >= 0, 1.0, 1.0 + self.config.cold_preference)[:, None]
+        asked = self.text_preference(text) * louder
+        return own + torch.cat([self.text_history(text), asked], dim=-1)
 
     def apart(self, states: Tensor, items: Tensor) -> tuple[Tensor, Tensor]:
         """States and item vectors as the loss under a preference sees them: what they say of the

@@ -18,17 +18,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ...errors import TRMError
-from .config import DeepRecConfig, PaperConfig, parse_config
+from .card import plain_card
+from .config import NAMES, DeepRecConfig, PaperConfig, parse_config
 from .fusion import DeepRecNet
 from .paper import PaperNet
+from .record import RECORD
 
 _CONFIG, _ITEMS, _WEIGHTS, _CARD = "config.json", "items.json", "model.safetensors", "README.md"
+_FILES = {_CONFIG, _ITEMS, _WEIGHTS, _CARD, RECORD}
 
 
 class TRM(nn.Module):
     """A preference-aware recommender over `item_ids`; row i of its tables is `item_ids[i]`.
 
-    `dim` is the width of user and item vectors. Vectors are float32.
+    `dim` is the width of user and item vectors. Vectors are float32. `card` is the model card,
+    Markdown; blank where it has none yet.
     """
 
     def __init__(self, config: PaperConfig | DeepRecConfig, item_ids: tuple[str, ...]):
@@ -41,6 +45,7 @@ class TRM(nn.Module):
             raise TRMError(f"dim {config.dim} is not a multiple of heads {config.heads}.")
         self.config = config
         self.item_ids = item_ids
+        self.card = ""
         self.net: PaperNet | DeepRecNet
         if isinstance(config, PaperConfig):
             self.net = PaperNet(config, len(item_ids))
@@ -82,30 +87,38 @@ class TRM(nn.Module):
         return self.net.fuse(last, preference, has_preference)
 
     def save_pretrained(self, folder: str | Path, *, card: str = "") -> None:
-        """Write config.json, items.json, model.safetensors and README.md (the model card).
+        """Write config.json, items.json, model.safetensors and README.md.
 
-        The folder appears whole or not at all; an older checkpoint there is replaced.
+        README.md is `card`, else the model's own, else one that says what the configuration does.
+        The folder appears whole or not at all; an older checkpoint there is replaced. Raises
+        TRMError, also for a folder that holds anything else.
         """
-        folder = Path(folder)
-        if folder.exists() and not _is_checkpoint(folder) and any(folder.iterdir()):
-            raise TRMError(f"{folder} holds something else. Give a new or empty folder.")
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+        folder = Path(folder).resolve()  # of a link the folder is replaced, not the link
         try:
-            (beside / _CONFIG).write_text(self.config.model_dump_json(indent=2) + "\n")
-            (beside / _ITEMS).write_text(json.dumps(list(self.item_ids), ensure_ascii=False))
-            (beside / _CARD).write_text(card)
-            weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
-            save_file(weights, beside / _WEIGHTS, metadata={"format": "pt"})
-            beside.chmod(0o755)
-            old = beside.with_name(f"{beside.name}-old")
-            if folder.exists():
-                os.replace(folder, old)
-            os.replace(beside, folder)
-            shutil.rmtree(old, ignore_errors=True)
-        except BaseException:
-            shutil.rmtree(beside, ignore_errors=True)
-            raise
+            check_replaceable(folder)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            beside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+            try:
+                self._write(
+                    beside, card or self.card or plain_card(self.config, len(self.item_ids))
+                )
+                _put(beside, folder)
+            finally:
+                shutil.rmtree(beside, ignore_errors=True)
+        except (OSError, SafetensorError) as error:
+            raise TRMError(
+                f"can't write the TRM checkpoint to {folder}: {error}. "
+                "Free disk space or choose a folder that you may write to."
+            ) from error
+
+    def _write(self, folder: Path, card: str) -> None:
+        (folder / _CONFIG).write_text(self.config.model_dump_json(indent=2) + "\n", "utf-8")
+        ids = json.dumps(list(self.item_ids), ensure_ascii=False)
+        (folder / _ITEMS).write_text(ids, "utf-8")
+        (folder / _CARD).write_text(card, "utf-8")
+        weights = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        save_file(weights, folder / _WEIGHTS, metadata={"format": "pt"})
+        folder.chmod(0o755)
 
     @classmethod
     def from_pretrained(
@@ -122,9 +135,11 @@ class TRM(nn.Module):
         """
         folder = _resolve(str(folder_or_name))
         try:
-            config = parse_config(json.loads((folder / _CONFIG).read_text()))
-            item_ids = tuple(json.loads((folder / _ITEMS).read_text()))
+            config = parse_config(json.loads((folder / _CONFIG).read_text("utf-8")))
+            item_ids = tuple(json.loads((folder / _ITEMS).read_text("utf-8")))
             weights = load_file(folder / _WEIGHTS)
+            card = folder / _CARD
+            told = card.read_text("utf-8") if card.is_file() else ""
         except (OSError, ValueError, SafetensorError) as error:
             raise TRMError(
                 f"the TRM checkpoint in {folder} is incomplete or damaged ({error}). "
@@ -141,6 +156,7 @@ class TRM(nn.Module):
                     f"`deeprec train-trm`, or use the {what} it was trained with."
                 )
         model = cls(config, item_ids)
+        model.card = told
         try:
             model.load_state_dict(weights)
         except RuntimeError as error:
@@ -151,7 +167,9 @@ class TRM(nn.Module):
         return model.eval()
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, card: str = "") -> str:
-        """Upload the checkpoint to the Hugging Face hub; gives the commit's address."""
+        """Upload the checkpoint to the Hugging Face hub; gives the commit's address. The card is
+        that of `save_pretrained`.
+        """
         api = HfApi()
         with tempfile.TemporaryDirectory() as parent:
             folder = Path(parent) / "checkpoint"
@@ -160,16 +178,58 @@ class TRM(nn.Module):
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
 
 
-def _is_checkpoint(folder: Path) -> bool:
-    return (folder / _CONFIG).is_file() and (folder / _WEIGHTS).is_file()
+def check_replaceable(folder: Path) -> None:
+    """Raise TRMError unless a checkpoint may be written to `folder`: nothing is there, or an older
+    checkpoint and nothing else.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise TRMError(f"{folder} is a file. Name a folder to save the TRM in.")
+    found = {path.name for path in folder.iterdir()}
+    foreign = sorted(found - _FILES)
+    if foreign or (found and not _is_trm(folder)):
+        raise TRMError(
+            f"{folder} holds something else than a TRM checkpoint "
+            f"({(foreign or sorted(found))[0]!r}) and is not overwritten. Name a new folder, or "
+            "move its content away."
+        )
+
+
+def _is_trm(folder: Path) -> bool:
+    """Whether these are a TRM's files. An older version's configuration may not parse any more,
+    and is a TRM's for all that.
+    """
+    if not all((folder / name).is_file() for name in (_CONFIG, _ITEMS, _WEIGHTS)):
+        return False
+    try:
+        config = json.loads((folder / _CONFIG).read_bytes())
+    except ValueError:
+        return False
+    return isinstance(config, dict) and config.get("name") in NAMES
+
+
+def _put(fresh: Path, folder: Path) -> None:
+    """Move `fresh` to `folder`, in the place of what is there."""
+    old = fresh.with_name(f"{fresh.name}-old")
+    if folder.exists():
+        os.replace(folder, old)
+    try:
+        os.replace(fresh, folder)
+    except OSError:
+        if old.exists():
+            os.replace(old, folder)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _resolve(name: str) -> Path:
     folder = Path(name)
     if folder.is_dir():
-        if not _is_checkpoint(folder):
+        lacks = [name for name in (_CONFIG, _ITEMS, _WEIGHTS) if not (folder / name).is_file()]
+        if lacks:
             raise TRMError(
-                f"{folder} is not a TRM checkpoint: it lacks {_CONFIG} or {_WEIGHTS}. "
+                f"{folder} is not a TRM checkpoint: it lacks {', '.join(lacks)}. "
                 "Give the folder that `deeprec train-trm` wrote."
             )
         return folder
@@ -179,7 +239,7 @@ def _resolve(name: str) -> Path:
             "name such as 'user/model'."
         )
     try:
-        return Path(snapshot_download(name, allow_patterns=[_CONFIG, _ITEMS, _WEIGHTS]))
+        return Path(snapshot_download(name, allow_patterns=[_CONFIG, _ITEMS, _WEIGHTS, _CARD]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise TRMError(
             f"no folder {name!r}, and the hub does not have it: {error}. Train a TRM with "

@@ -1,11 +1,10 @@
-"""The paper's preference-aware TRM (METHOD.md section 3): UniSRec-style, early fusion.
+"""The preference-aware TRM of the paper (arXiv 2505.16810): UniSRec-style, early fusion.
 
 Text passes a mixture-of-experts adaptor, is fused with ID embeddings in the frequency domain and
 read by a bidirectional transformer; the preference is added to the last state.
 """
 
 import torch
-from scipy.sparse import csr_array
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -82,9 +81,6 @@ class PaperNet(nn.Module):
         )
         self.encoder = nn.TransformerEncoder(layer, config.layers, enable_nested_tensor=False)
         self.user_norm = nn.LayerNorm(dim)
-
-    def start_from_transitions(self, lift: csr_array) -> None:
-        """The paper's model starts at random."""
 
     def text_features(self, text: Tensor) -> Tensor:
         """Adapted texts `[…, dim]`."""

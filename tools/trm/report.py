@@ -13,14 +13,16 @@ from rich.table import Table
 from ...errors import TRMError
 from ..interactions import InteractionData, leave_one_out, statistics
 from ..text_encoder import TextEncoder, item_embeddings
+from .card import model_card
 from .cold import cold_rows, without_items
 from .evaluate import Judge, Row
 from .model import TRM
-from .record import FitRecord, Frozen, RunSource, model_card, write_text
+from .record import FitRecord, Frozen, RunSource, write_text
 
 _CARD = "README.md"
 _FACTS = ("users", "items", "interactions", "density", "mean_length", "median_length")
 _HEAD = ("variant", "preference", "users", "NDCG@10", "Recall@10", "Recall@20")
+_FIT_HEAD = ("variant", "fit s", "examples/s")
 
 
 class Line(Frozen):
@@ -42,12 +44,14 @@ class Line(Frozen):
 
 
 class RunResults(Frozen):
-    """What a run's folder, or one model, was measured to be worth."""
+    """What a run's folder was measured to be worth."""
 
     dataset: str
     statistics: dict[str, int | float | str]
     lines: tuple[Line, ...]
-    fit_seconds: dict[str, tuple[float, float]]  # variant -> mean, standard deviation
+    # variant -> mean and standard deviation: all that one waits for, embedding of the preference
+    # texts included; and the speed of the fit alone.
+    fit_seconds: dict[str, tuple[float, float]]
     examples_per_second: dict[str, tuple[float, float]]
 
 
@@ -75,7 +79,8 @@ def evaluate_folder(
     judge = Judge(given, leave_one_out(given), embeddings, reader, users=users)
     results = evaluate_run(folder, judge, progress=progress)
     write_text(folder / "results.json", results.model_dump_json(indent=2) + "\n")
-    write_text(folder / "table.md", f"{statistics_table(results)}\n{markdown_table(results)}")
+    tables = (statistics_table(results), markdown_table(results), fit_table(results))
+    write_text(folder / "table.md", "\n".join(tables))
     for path, record in FitRecord.read_all(folder):
         fitted = given
         if record.cold_share:
@@ -117,14 +122,6 @@ def evaluate_run(
     return _results(judge, table, [record for _, record in records])
 
 
-def evaluate_model(model: TRM, judge: Judge) -> RunResults:
-    """Judge one model, such as a workspace's."""
-    table: dict[tuple[str, str], list[Row]] = {
-        (model.config.name, name): [row] for name, row in judge.rows(model).items()
-    }
-    return _results(judge, table, [])
-
-
 def print_table(results: RunResults, console: Console) -> None:
     """The table for people."""
     facts = ", ".join(f"{results.statistics[name]:,} {name}" for name in _FACTS[:3])
@@ -133,9 +130,10 @@ def print_table(results: RunResults, console: Console) -> None:
     for line in results.lines:
         table.add_row(*line.cells())
     console.print(table)
-    for variant, (seconds, _) in results.fit_seconds.items():
-        speed = results.examples_per_second[variant][0]
-        console.print(f"{variant}: fitted in {seconds:.0f} s, {speed:,.0f} examples a second")
+    fits = Table(*_FIT_HEAD)
+    for row in _fit_rows(results):
+        fits.add_row(*row)
+    console.print(fits)
 
 
 def markdown_table(results: RunResults) -> str:
@@ -152,9 +150,27 @@ def statistics_table(results: RunResults) -> str:
     return "\n".join([*rows, f"| {' | '.join([results.dataset, *cells])} |"]) + "\n"
 
 
+def fit_table(results: RunResults) -> str:
+    """What fitting each variant took: seconds with the embedding of preference texts, and targets
+    learned a second in the fit alone.
+    """
+    return _markdown(_FIT_HEAD, _fit_rows(results))
+
+
+def _fit_rows(results: RunResults) -> list[tuple[str, str, str]]:
+    return [
+        (variant, f"{seconds:.0f}", f"{results.examples_per_second[variant][0]:,.0f}")
+        for variant, (seconds, _) in results.fit_seconds.items()
+    ]
+
+
 def _table(lines: Sequence[Line]) -> str:
-    rows = [f"| {' | '.join(_HEAD)} |", "| --- " * len(_HEAD) + "|"]
-    rows += [f"| {' | '.join(line.cells())} |" for line in lines]
+    return _markdown(_HEAD, [line.cells() for line in lines])
+
+
+def _markdown(head: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    rows = [f"| {' | '.join(head)} |", "| --- " * len(head) + "|"]
+    rows += [f"| {' | '.join(row)} |" for row in cells]
     return "\n".join(rows) + "\n"
 
 
@@ -180,7 +196,10 @@ def _results(
             )
             for (variant, name), rows in everything.items()
         ),
-        fit_seconds={v: _spread([r.fit_seconds for r in rs]) for v, rs in by_variant.items()},
+        fit_seconds={
+            v: _spread([r.prepare_seconds + r.fit_seconds for r in rs])
+            for v, rs in by_variant.items()
+        },
         examples_per_second={
             v: _spread([r.examples / r.fit_seconds for r in rs if r.fit_seconds])
             for v, rs in by_variant.items()

@@ -9,6 +9,13 @@ from torch import Tensor
 from .model import TRM
 from .preferences import pad
 
+_SCORES = 20_000_000  # held at once
+
+
+def users_at_once(n_items: int) -> int:
+    """For how many users all scores of `n_items` items may be held at the same time."""
+    return max(1, min(256, _SCORES // max(1, n_items)))
+
 
 @torch.no_grad()
 def catalog_vectors(
@@ -76,10 +83,12 @@ def exclude(scores: Tensor, histories: Sequence[np.ndarray], targets: np.ndarray
 
 
 def target_ranks(scores: Tensor, targets: np.ndarray) -> np.ndarray:
-    """Zero-based rank of each row's target in `scores` `[B, n]`; a tie counts against it."""
+    """Zero-based rank of each row's target in `scores` `[B, n]`; a tie counts against it, and so
+    does a score that is no number.
+    """
     wanted = torch.as_tensor(np.asarray(targets), dtype=torch.long, device=scores.device)
     own = scores.gather(1, wanted[:, None])
-    return ((scores >= own).sum(1) - 1).cpu().numpy()
+    return ((~(scores < own)).sum(1) - 1).cpu().numpy()
 
 
 def ndcg(ranks: np.ndarray, k: int) -> float:

@@ -1,0 +1,39 @@
+"""How commands behave on a terminal: quiet libraries, errors told in words, a clean end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+
+from .errors import DeepRecError
+
+if TYPE_CHECKING:
+    import typer
+
+errors = Console(stderr=True)
+
+
+def run_app(app: typer.Typer) -> None:
+    """Run a command; an error that the user can mend is told without a traceback."""
+    _quiet()
+    # A plain SIGTERM would leave the engine's processes behind: nothing that ends them would run.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        app()
+    except DeepRecError as error:
+        errors.print("error:", style="bold red", end=" ")
+        errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+
+
+def _quiet() -> None:
+    """Keep the libraries' own progress bars and warnings off the terminal, if nobody set them."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")

@@ -1,0 +1,96 @@
+"""The demo, the commands and the server's graph, to the end, over the real LLM in vLLM."""
+
+import asyncio
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from deeprec import cli, demo
+from deeprec.errors import RequestError
+from deeprec.evals.bench import guided_users
+from deeprec.graph import app
+from deeprec.graph.engine.base import Engine
+from deeprec.settings import load_settings
+from deeprec.tools.interactions import InteractionData
+from deeprec.tools.trm.config import DeepRecConfig, FitConfig
+from deeprec.tools.workspace import Workspace
+
+pytestmark = pytest.mark.engine
+
+
+@pytest.fixture
+def workspace(
+    tiny_data: InteractionData,
+    tiny_encoder_folder: Path,
+    real_engine: Engine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Iterator[Workspace]:
+    """A small workspace in the environment's settings, and an engine that is loaded already."""
+    (tmp_path / "assets").symlink_to(load_settings().assets_dir)
+    monkeypatch.setenv("DEEPREC_HOME", str(tmp_path))
+    monkeypatch.setenv("DEEPREC_WORKSPACE", "tiny")
+    monkeypatch.setenv("DEEPREC_ENCODER", str(tiny_encoder_folder))
+    place = Workspace(load_settings())
+    tiny_data.save(place.dataset_dir)
+    place.train_trm(DeepRecConfig(), FitConfig(epochs=1, pool=100))
+    place.index().close()
+    for module in (app, demo):
+        monkeypatch.setattr(module, "load_engine", lambda _: real_engine)
+    place = Workspace(load_settings())
+    yield place
+    place.retriever.close()
+    place.catalog.close()
+
+
+def test_demo_tells_every_turn_and_the_list(workspace: Workspace) -> None:
+    console = Console(record=True, width=200)
+    demo.run_demo(workspace, console, users=1, seed=0)
+    told = console.export_text()
+    for part in ("Turn 1", "preference", "retrieved", "Recommendation", "guided", "Held out: Film"):
+        assert part in told
+    assert "What to try next" in told
+
+
+def test_demo_tells_an_error_in_words(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(demo._SETTINGS, "limits", {"max_total_tokens": 256})
+    with pytest.raises(RequestError, match="no room to think"):
+        demo.run_demo(workspace, Console(quiet=True), users=2, seed=0)
+
+
+def test_recommend_prints_json(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["deeprec", "recommend", "Film 3", "Film 4", "-k", "3", "--json", "--seed", "0"]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
+    response = json.loads(capsys.readouterr().out)
+    assert len({line["id"] for line in response["recommendations"]} - {"3", "4"}) == 3
+
+
+def test_the_servers_graph_is_loaded_once(workspace: Workspace) -> None:
+    async def twice() -> list[object]:
+        return list(await asyncio.gather(app.served(), app.served()))
+
+    app._loaded.cache_clear()
+    one, other = asyncio.run(twice())
+    assert one is other is app.graph()
+    limits = {"max_retrievals": 1, "min_retrievals": 1, "time_budget_s": 30}
+    answer = app.graph().invoke({"user_id": "u3", "k": 2, "limits": limits})
+    assert len(answer["recommendations"]) == 2
+    app._loaded.cache_clear()
+
+
+def test_bench_writes_its_figures(workspace: Workspace) -> None:
+    guided_users.main(users=2, concurrency=2, min_retrievals=2, max_retrievals=2)
+    report = json.loads((workspace.folder / "bench" / "guided_users.json").read_text())
+    assert report["figures"]["users"] == 2
+    assert report["figures"]["valid_lists"] == 1
+    assert report["figures"]["invented_titles"] == 0

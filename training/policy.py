@@ -1,0 +1,68 @@
+"""The model that is trained: loaded with or without an adapter, and its weights as the engine
+knows them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import SettingsError
+from .configuration import LoRA
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+_ADAPTER = "adapter_config.json"
+
+
+def load_policy(base: str, start: Path | None, lora: LoRA | None) -> PreTrainedModel:
+    """Load the model in float32, with a trainable adapter if `lora` asks for one.
+
+    `start` is a folder that an earlier run left: an adapter of `base`, or a whole model in its
+    place. Raises SettingsError where it is neither, or an adapter is to be trained on as a whole
+    model.
+    """
+    import torch
+    from peft import PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    adapter = start is not None and (start / _ADAPTER).is_file()
+    if start is not None and not adapter and not (start / "config.json").is_file():
+        raise SettingsError(
+            f"{start} holds neither an adapter nor a model: give the `final` folder of a run"
+        )
+    if adapter and lora is None:
+        raise SettingsError(
+            f"{start} is an adapter and lora is none: name the adapter's lora, or start from a "
+            "whole model"
+        )
+    name = str(start) if start is not None and not adapter else base
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    if adapter:
+        return PeftModel.from_pretrained(model, str(start), is_trainable=True)
+    return model if lora is None else get_peft_model(model, lora.config())
+
+
+def plain_weights(model: Any) -> dict[str, Tensor]:
+    """Parameters under their names in the plain model, adapters added in; nothing is changed.
+
+    Merging and unmerging the live model would leave a residue in its weights at every step.
+    """
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
+
+    if not isinstance(model, PeftModel):
+        return dict(model.named_parameters())
+    inner = model.get_base_model()
+    weights = {
+        name.replace(".base_layer.", "."): weight
+        for name, weight in inner.named_parameters()
+        if ".lora_" not in name
+    }
+    for name, module in inner.named_modules():
+        if isinstance(module, LoraLayer):
+            own = module.get_base_layer().weight.detach()
+            weights[f"{name}.weight"] = own + module.get_delta_weight("default").detach()
+    return weights

@@ -1,0 +1,252 @@
+"""Rollouts: what TRL calls to have prompts completed, as runs of the compiled graph.
+
+Each step hands the policy's new weights to the engine, plays every example of the step in the
+graph at once, rewards the runs, keeps them as a part of the run's folder, and returns tokens,
+logprobs and masks exactly as the engine and the environment wrote them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import TYPE_CHECKING, Any, get_args
+
+import numpy as np
+
+from ..graph.engine.base import LoopThread
+from ..graph.state import OUTAGES, StopReason
+from .policy import plain_weights
+from .rewards import STAGES, Rewarder, Stage
+from .selection import Example
+from .trajectories import RUN_KEYS, Rewards, Trajectory
+from .trajectory_file import write_part
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedTokenizerBase
+
+    from ..graph.state import RunSettings
+
+
+class Plan:
+    """Which example is played when: fixed by the seed before the run, so that it can go on.
+
+    Examples are dealt out in passes, each in an order of its own. A prompt names its place in the
+    plan; it is never tokenised.
+    """
+
+    def __init__(self, stage: Stage, examples: Sequence[Example], rows: int, seed: int) -> None:
+        self.stage = stage
+        self._examples = examples
+        rng = np.random.default_rng([seed, list(STAGES).index(stage)])
+        order: list[int] = []
+        while len(order) < rows:
+            order += rng.permutation(len(examples)).tolist()
+        self._order = order[:rows]
+
+    @property
+    def prompts(self) -> list[str]:
+        """One prompt per row of the plan."""
+        return [f"{self.stage}/{row}" for row in range(len(self._order))]
+
+    def row(self, prompt: str) -> int:
+        """Place of a prompt in the plan."""
+        return int(prompt.rpartition("/")[2])
+
+    def example(self, prompt: str) -> Example:
+        """Example that a prompt stands for."""
+        return self._examples[self._order[self.row(prompt)]]
+
+
+@dataclass
+class Clock:
+    """Seconds that the parts of a step took; the update is what lies between two rollouts."""
+
+    generate: float = 0.0
+    reward: float = 0.0
+    sync: float = 0.0
+    update: float = 0.0
+    left_at: float | None = None
+
+
+class Rollouts:
+    """TRL's rollout_func and the reward function that goes with it.
+
+    Args:
+        graph: the compiled graph over the engine.
+        load_weights: hands weights to the engine, by their plain names.
+        tokenizer: the policy's.
+        rewarder: of the stage.
+        plan: of the stage.
+        settings: of a run; sampled freely, a limit ends it without a list.
+        folder: of the run; trajectories go there.
+        model: name of the policy.
+        seed: of sampling.
+        shuffle_rewards: deal a step's rewards out at random: the control that must not learn.
+
+    """
+
+    def __init__(
+        self,
+        *,
+        graph: Any,
+        load_weights: Callable[[Mapping[str, Tensor]], None],
+        tokenizer: PreTrainedTokenizerBase,
+        rewarder: Rewarder,
+        plan: Plan,
+        settings: RunSettings,
+        folder: Path,
+        model: str,
+        seed: int,
+        shuffle_rewards: bool = False,
+    ) -> None:
+        self._graph = graph
+        self._load_weights = load_weights
+        self._tokenizer = tokenizer
+        self._rewarder = rewarder
+        self._plan = plan
+        self._settings = settings.model_copy(
+            update={"decoding": "free", "on_limit": "fail", "fill": False}
+        )
+        self._folder = folder
+        self._model = model
+        self._seed = seed
+        self._shuffle = shuffle_rewards
+        self._loop = LoopThread("deeprec-rollouts")
+        self._synced: int | None = None
+        self._clock = Clock()
+
+    def __call__(self, prompts: Sequence[str], trainer: Any) -> dict[str, list[Any]]:
+        """Play the prompts; one row each, in order. Called by TRL."""
+        clock = self._clock
+        began = time.perf_counter()
+        clock.update = began - clock.left_at if clock.left_at is not None else 0.0
+        step = int(trainer.state.global_step)
+        if self._synced != step:
+            self._load_weights(plain_weights(trainer.accelerator.unwrap_model(trainer.model)))
+            self._synced = step
+        synced = time.perf_counter()
+        ids = _distinct(prompts)
+        runs = self._loop.submit(self._play(prompts, ids, step)).result()
+        played = time.perf_counter()
+        rewards = self._rewarder(runs)
+        runs = [
+            run.model_copy(update={"rewards": reward})
+            for run, reward in zip(runs, rewards, strict=True)
+        ]
+        write_part(self._folder, f"{self._plan.stage}-{step:06d}", runs)
+        clock.left_at = time.perf_counter()
+        clock.sync, clock.generate = synced - began, played - synced
+        clock.reward = clock.left_at - played
+        totals = [reward.total for reward in rewards]
+        if self._shuffle:
+            dealt = np.random.default_rng([self._seed, step]).permutation(len(totals))
+            totals = [totals[at] for at in dealt]
+        return rows(runs, int(self._tokenizer.eos_token_id)) | {"run": runs, "total": totals}
+
+    async def _play(
+        self, prompts: Sequence[str], ids: Sequence[str], step: int
+    ) -> list[Trajectory]:
+        played = (
+            self._run(prompt, id_, nth, step)
+            for nth, (prompt, id_) in enumerate(zip(prompts, ids, strict=True))
+        )
+        return list(await asyncio.gather(*played))
+
+    async def _run(self, prompt: str, id_: str, nth: int, step: int) -> Trajectory:
+        example = self._plan.example(prompt)
+        seed = np.random.SeedSequence([self._seed, step, nth]).generate_state(1)[0]
+        settings = self._settings.model_copy(update={"seed": int(seed) % 2**31})
+        state = await self._graph.ainvoke(
+            {"history": [f"id:{item}" for item in example.history]},
+            context=settings,
+            output_keys=list(RUN_KEYS),
+        )
+        return Trajectory.from_state(
+            state,
+            self._tokenizer,
+            id=id_,
+            model=self._model,
+            model_fingerprint=f"{self._plan.stage}@{step}",
+            target=example.target,
+        )
+
+    def reward(
+        self,
+        *,
+        run: Sequence[Trajectory],
+        total: Sequence[float | None],
+        log_metric: Callable[[str, float], None],
+        **_: object,
+    ) -> list[float | None]:
+        """TRL's reward function: the totals of the runs, and what the step's log says of them."""
+        for name, value in (describe(run, self._rewarder) | self._times()).items():
+            log_metric(name, value)
+        return list(total)
+
+    def _times(self) -> dict[str, float]:
+        clock = self._clock
+        return {
+            "seconds/generate": clock.generate,
+            "seconds/reward": clock.reward,
+            "seconds/sync": clock.sync,
+            "seconds/update_before": clock.update,
+        }
+
+    def close(self) -> None:
+        """End the loop's thread."""
+        self._loop.close()
+
+
+def rows(runs: Sequence[Trajectory], eos: int) -> dict[str, list[Any]]:
+    """Tokens of runs as TRL takes them; a run that failed before its first token is one masked
+    end-of-sequence, since an empty completion can't be trained on.
+    """
+    filled = [bool(run.completion_ids) for run in runs]
+    return {
+        "prompt_ids": [run.prompt_ids for run in runs],
+        "completion_ids": [
+            run.completion_ids if has else [eos] for run, has in zip(runs, filled, strict=True)
+        ],
+        "logprobs": [run.logprobs if has else [0.0] for run, has in zip(runs, filled, strict=True)],
+        "env_mask": [run.env_mask if has else [0] for run, has in zip(runs, filled, strict=True)],
+    }
+
+
+def describe(runs: Sequence[Trajectory], rewarder: Rewarder) -> dict[str, float]:
+    """Figures of a step for its log: each reward, broken rules, searches, tokens, ends."""
+    figures: dict[str, float] = {}
+    for name in Rewards.model_fields:
+        values = [value for run in runs if (value := getattr(run.rewards, name)) is not None]
+        if values:
+            figures[f"reward/{name}"] = mean(values)
+    judged = [run for run in runs if run.stop_reason not in OUTAGES]
+    if judged:
+        scores = [rewarder.format_scores(run) for run in judged]
+        for rule in scores[0]:
+            figures[f"broken/{rule}"] = mean(score[rule] < 0 for score in scores)
+        figures["format/strict"] = mean(min(score.values()) == 0 for score in scores)
+    ends = Counter(run.stop_reason for run in runs)
+    for reason in get_args(StopReason):
+        figures[f"stop/{reason}"] = ends[reason] / len(runs)
+    tokens = sum(len(run.completion_ids) for run in runs)
+    own = sum(sum(run.env_mask) for run in runs)
+    figures["run/retrievals"] = mean(run.usage.retrievals for run in runs)
+    figures["run/policy_tokens"] = own / len(runs)
+    figures["run/masked_share"] = 1 - own / max(1, tokens)
+    return figures
+
+
+def _distinct(prompts: Sequence[str]) -> list[str]:
+    """An id per row: the prompt, and which of its group it is."""
+    seen: Counter[str] = Counter()
+    ids = []
+    for prompt in prompts:
+        ids.append(f"{prompt}/{seen[prompt]}")
+        seen[prompt] += 1
+    return ids

@@ -1,0 +1,303 @@
+"""Two-stage GRPO: the LLM learns by reward, first to interact, then to recommend.
+
+    python training/run_grpo.py --config training/configs/grpo_ml100k.yaml
+
+Rollouts are runs of the compiled graph over vLLM (training/rollout.py), on the training part only.
+A killed run goes on where its last checkpoint stands, with the same examples in the same order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from argparse import RawTextHelpFormatter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from rich.console import Console
+
+from deeprec.errors import DeepRecError, SettingsError
+from deeprec.graph.build import build_graph
+from deeprec.graph.engine.limits import check_model_folder
+from deeprec.graph.engine.tokenizer import load_tokenizer
+from deeprec.graph.state import RunSettings
+from deeprec.settings import load_settings
+from deeprec.tools.progress import trm_progress
+from deeprec.tools.workspace import Workspace
+from deeprec.training.configuration import (
+    LoRA,
+    check_options,
+    keep_config,
+    load_config,
+    write_json,
+)
+from deeprec.training.ground import TARGETS_PER_USER, select_users, training_ground
+from deeprec.training.rewards import RewardConfig, Rewarder, Rules, Stage
+from deeprec.training.selection import Selection, SelectionConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from deeprec.graph.engine.vllm_inprocess import VLLMEngine
+
+_OURS = frozenset(
+    {
+        "output_dir",
+        "seed",
+        "max_steps",
+        "num_generations",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "steps_per_generation",
+        "generation_batch_size",
+        "shuffle_dataset",
+        "temperature",
+        "top_p",
+        "reward_weights",
+        "num_train_epochs",
+    }
+)
+
+
+class StageRun(BaseModel):
+    """One stage: what is rewarded, for how long, and with which options of TRL."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    stage: Stage
+    steps: int = Field(ge=1)
+    rules: Rules = "strict"
+    weights: dict[str, float] = {}  # factors of the stage's rewards
+    trainer: dict[str, Any] = {}  # options of TRL's GRPOConfig, over the run's own
+
+    @model_validator(mode="after")
+    def _rewards_exist(self) -> StageRun:
+        _ = self.rewards
+        return self
+
+    @property
+    def rewards(self) -> RewardConfig:
+        """What the stage's runs are rewarded for."""
+        return RewardConfig(stage=self.stage, rules=self.rules, weights=self.weights)
+
+
+class GRPORun(BaseModel):
+    """The configuration file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    output: Path  # trajectories, checkpoints and the final models
+    workspace: str = "ml-100k"  # a prepared one (`make demo` prepares this)
+    model: str | None = None  # hub name or folder of the LLM; none: the settings' model
+    start: Path | None = None  # what an earlier run left in `final`: an adapter or a model
+    seed: int = 0
+    stages: tuple[StageRun, ...] = Field(min_length=1)
+    selection: SelectionConfig = SelectionConfig(
+        targets_per_user=TARGETS_PER_USER,
+        shares={"warm_start": 0.5, "cold_start": 0.1, "recommendation": 0.4},
+    )
+    prompts_per_step: int = Field(8, ge=1)
+    group_size: int = Field(4, ge=2)  # runs of each prompt
+    rows_per_pass: int = Field(4, ge=1)  # runs in one forward and backward pass
+    run: RunSettings = RunSettings(
+        answer_form="numbers", retrieve_n=10, history_length=10, temperature=1.0
+    )
+    max_length: int = Field(4096, ge=512)  # tokens of one run
+    lora: LoRA | None = LoRA()  # none: train all weights
+    trainer: dict[str, Any] = {}  # options of TRL's GRPOConfig
+    shuffle_rewards: bool = False  # the control run, which must not learn
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> GRPORun:
+        rows = self.prompts_per_step * self.group_size
+        if rows % self.rows_per_pass:
+            raise ValueError(
+                f"rows_per_pass {self.rows_per_pass} does not divide the {rows} runs of a step "
+                "(prompts_per_step times group_size)"
+            )
+        names = [stage.stage for stage in self.stages]
+        if len(set(names)) < len(names):
+            raise ValueError(f"stages {names} name one twice")
+        if names[0] == "recommendation" and self.start is None:
+            raise ValueError(
+                "stage 'recommendation' goes on from stage 'cold_start': set `start` to the "
+                "folder that stage left in `final`, or put 'cold_start' before it"
+            )
+        missing = [name for name in names if name not in self.selection.shares]
+        if missing:
+            raise ValueError(f"selection.shares deals no users out to {', '.join(missing)}")
+        if self.run.temperature == 0:
+            raise ValueError("run.temperature is 0: a group of greedy runs has nothing to compare")
+        return self
+
+
+def run(config: GRPORun, console: Console) -> Path:
+    """Train every stage that is not finished; gives the folder of the last one's model."""
+    from trl import GRPOConfig
+
+    check_options(config.trainer, GRPOConfig, _OURS)
+    for stage in config.stages:
+        check_options(stage.trainer, GRPOConfig, _OURS)
+    settings = load_settings(workspace=config.workspace)
+    model = config.model or settings.model_name
+    check_model_folder(model)
+    if config.start is not None and not config.start.is_dir():
+        raise SettingsError(f"start {config.start} does not exist: train that run first")
+    keep_config(config, config.output)
+    start = config.start
+    left = []
+    for stage in config.stages:
+        final = config.output / stage.stage / "final"
+        if (final / "finished.json").exists():
+            console.print(f"{stage.stage}: trained already")
+            start = final
+        else:
+            left.append(stage)
+    if not left:
+        return config.output / config.stages[-1].stage / "final"
+    tokenizer = load_tokenizer(model)
+    base = Workspace(settings)
+    base.ensure_assets(lambda message: console.print(f"  {message}", style="dim"))
+    with trm_progress(console) as progress:
+        ground = training_ground(base, progress=progress)
+    selection = select_users(base, ground, config.selection)
+    selection.save(config.output / "selection.json")
+    from deeprec.graph.engine.vllm_inprocess import VLLMEngine
+
+    with console.status("Loading the LLM in vLLM"):
+        engine = VLLMEngine(
+            model,
+            max_model_len=config.max_length,
+            dtype=settings.engine.dtype,
+            kv_cache_gib=settings.engine.kv_cache_gib,
+            gpu_memory_utilization=settings.engine.gpu_memory_utilization,
+            max_num_seqs=settings.engine.max_num_seqs,
+        )
+    try:
+        for stage in left:
+            console.rule(f"Stage {stage.stage}: {stage.steps} steps", align="left")
+            start = train_stage(config, stage, start, engine, tokenizer, base, ground, selection)
+            console.print(f"Trained: {start}", soft_wrap=True)
+    finally:
+        engine.close()
+        ground.retriever.close()
+    return config.output / config.stages[-1].stage / "final"
+
+
+def train_stage(
+    config: GRPORun,
+    stage: StageRun,
+    start: Path | None,
+    engine: VLLMEngine,
+    tokenizer: PreTrainedTokenizerBase,
+    base: Workspace,
+    ground: Workspace,
+    selection: Selection,
+) -> Path:
+    """Train one stage from `start`, or from its own newest checkpoint; gives its `final`."""
+    from datasets import Dataset
+
+    from deeprec.training.checkpoints import Sealer, newest_whole
+    from deeprec.training.curves import draw
+    from deeprec.training.policy import load_policy
+    from deeprec.training.rollout import Plan, Rollouts
+    from deeprec.training.trainer import Trainer
+
+    plan = Plan(
+        stage.stage,
+        selection.examples(stage.stage, base.data),
+        stage.steps * config.prompts_per_step,
+        config.seed,
+    )
+    folder = config.output / stage.stage
+    rollouts = Rollouts(
+        graph=build_graph(engine, ground.retriever),
+        load_weights=engine.load_weights,
+        tokenizer=tokenizer,
+        rewarder=Rewarder(stage.rewards, ground.encoder, ground.catalog),
+        plan=plan,
+        settings=config.run,
+        folder=config.output,
+        model=engine.name,
+        seed=config.seed,
+        shuffle_rewards=config.shuffle_rewards,
+    )
+    trainer = Trainer(
+        model=load_policy(engine.name, start, config.lora),
+        reward_funcs=[rollouts.reward],
+        args=_arguments(config, stage, folder),
+        train_dataset=Dataset.from_dict({"prompt": plan.prompts}),
+        processing_class=tokenizer,
+        rollout_func=rollouts,
+        callbacks=[Sealer()],
+    )
+    checkpoint = newest_whole(folder)
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    rollouts.close()
+    final = folder / "final"
+    trainer.save_model(str(final))
+    history = trainer.state.log_history
+    write_json(folder / "log.json", history)
+    draw(history, folder / "curves.png", title=f"{stage.stage}, {stage.steps} steps")
+    write_json(final / "finished.json", {"stage": stage.stage, "steps": stage.steps})
+    return final
+
+
+def _arguments(config: GRPORun, stage: StageRun, folder: Path) -> Any:
+    import torch
+    from trl import GRPOConfig
+
+    gpu = torch.cuda.is_available()
+    rows = config.prompts_per_step * config.group_size
+    # arXiv 2505.16810: a group's mean is the baseline, undivided; no KL term.
+    defaults: dict[str, Any] = {
+        "beta": 0.0,
+        "scale_rewards": "none",
+        "learning_rate": 1e-5,
+        "logging_steps": 1,
+        "save_steps": 10,
+        "save_total_limit": 2,
+        "report_to": "tensorboard",
+        "bf16": gpu,
+        "gradient_checkpointing": gpu,
+    }
+    return GRPOConfig(
+        output_dir=str(folder),
+        seed=config.seed,
+        max_steps=stage.steps,
+        num_generations=config.group_size,
+        per_device_train_batch_size=config.rows_per_pass,
+        gradient_accumulation_steps=rows // config.rows_per_pass,
+        # The plan has its own order, and is one epoch: only so does a resumed run see the same.
+        shuffle_dataset=False,
+        temperature=config.run.temperature,
+        use_cpu=not gpu,
+        **(defaults | config.trainer | stage.trainer),
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; gives the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="YAML file, see GRPORun")
+    parser.add_argument("--output", type=Path, help="instead of the file's output folder")
+    parser.add_argument("--start", type=Path, help="instead of the file's start")
+    parser.add_argument("--workspace", help="instead of the file's workspace")
+    parser.add_argument("--seed", type=int, help="instead of the file's seed")
+    given = vars(parser.parse_args(arguments))
+    console = Console()
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+    try:
+        final = run(load_config(given.pop("config"), GRPORun, **given), console)
+    except DeepRecError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    console.print(f"Trained: {final}", soft_wrap=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
