@@ -33,7 +33,7 @@ studio: $(VENV)/.installed-server ## LangGraph's server with Studio on 127.0.0.1
 	LANGSMITH_TRACING=false LANGGRAPH_CLI_NO_ANALYTICS=1 $(BIN)/langgraph dev --host 127.0.0.1 --no-browser
 
 bench: $(VENV)/.installed ## guided runs over 100 test users: validity and speed
-	$(BIN)/python -m deeprec.evals.bench.guided_users --users 100
+	$(BIN)/python -m deeprec.evals.bench.agent --users 100
 
 install: $(VENV)/.installed ## the package and its engine in .venv
 

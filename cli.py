@@ -166,6 +166,7 @@ def index(workspace: WorkspaceOption = None) -> None:
     from .tools.progress import counted
 
     place = _workspace(workspace)
+    _ = place.data  # a missing data set is told before the encoder loads
     with counted(console, "embedding items") as progress:
         place.embed_items(progress=progress)
     with counted(console, "filling the catalog") as progress:
@@ -233,10 +234,11 @@ def serve_llm(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to bind.")] = 8000,
 ) -> None:
     """Serve the LLM with vLLM's OpenAI-compatible server (then DEEPREC_ENGINE__KIND=server)."""
+    from .graph.app import tuned_model
     from .graph.engine.vllm_server import serve
 
     settings = load_settings()
-    serve(settings.model_name, settings.engine, host=host, port=port)
+    serve(tuned_model(settings), settings.engine, host=host, port=port)
 
 
 trajectories = typer.Typer(no_args_is_help=True, help="Finished runs as training data.")

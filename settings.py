@@ -64,15 +64,17 @@ class Settings(BaseSettings):
     workspace: str = Field("ml-100k", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     # Hub name or folder of the LLM; none: the demo's SmolLM2-135M-Instruct.
     model: str | None = None
+    # Folder of a LoRA adapter of that LLM; none: the LLM as it is.
+    adapter: Path | None = None
     # Hub name or folder of the sentence encoder; none: the demo's all-MiniLM-L6-v2.
     encoder: str | None = None
     engine: EngineSettings = Field(default_factory=EngineSettings)
     catalog: CatalogSettings = Field(default_factory=CatalogSettings)
 
-    @field_validator("home", mode="after")
+    @field_validator("home", "adapter", mode="after")
     @classmethod
-    def _home(cls, home: Path) -> Path:
-        return home.expanduser()
+    def _expanded(cls, path: Path | None) -> Path | None:
+        return path.expanduser() if path else path
 
     @field_validator("model", "encoder", mode="after")
     @classmethod
@@ -88,6 +90,11 @@ class Settings(BaseSettings):
     def model_name(self) -> str:
         """Hub name or folder of the LLM in use."""
         return self.model or str(self.assets_dir / "SmolLM2-135M-Instruct")
+
+    @property
+    def merged_dir(self) -> Path:
+        """Folder of models with an adapter merged in."""
+        return self.home / "merged"
 
     @property
     def encoder_name(self) -> str:

@@ -32,13 +32,22 @@ def load_engine(settings: Settings) -> Engine:
     from .engine.vllm_inprocess import VLLMEngine
 
     return VLLMEngine(
-        settings.model_name,
+        tuned_model(settings),
         max_model_len=engine.max_model_len,
         dtype=engine.dtype,
         kv_cache_gib=engine.kv_cache_gib,
         gpu_memory_utilization=engine.gpu_memory_utilization,
         max_num_seqs=engine.max_num_seqs,
     )
+
+
+def tuned_model(settings: Settings) -> str:
+    """Hub name or folder of the LLM, with the settings' adapter merged in. Raises EngineError."""
+    if settings.adapter is None:
+        return settings.model_name
+    from .engine.adapter import merged_model
+
+    return merged_model(settings.model_name, settings.adapter, settings.merged_dir)
 
 
 def load_graph(

@@ -48,7 +48,7 @@ class CatalogSettings:
     ssl: bool = False
     collection: str = "deeprec"  # name on the server; two catalogs need two names
     search: Literal["exact", "hnsw"] = "exact"
-    # HNSW: with more of each it misses less and takes longer.
+    # HNSW: with more of each it misses less (evals/bench/hnsw_recall.py) and takes longer.
     max_neighbors: int = 32
     ef_construction: int = 200
     ef_search: int = 400

@@ -42,19 +42,16 @@ class TextEncoder:
                 f"sentence encoder {model!r} is a file. Give a model folder or a hub name."
             )
         try:
-            self._model = SentenceTransformer(model, device=device)
+            self._model = SentenceTransformer(model, device=device).eval()
+            tried = self._model.encode(["some words"], show_progress_bar=False)
         except Exception as error:  # the boundary: readers of damaged files raise anything
             raise EncoderError(
                 f"can't load the sentence encoder {model!r}, which is none or damaged: {error}. "
                 "Give a hub name such as 'sentence-transformers/all-MiniLM-L6-v2' or the folder "
                 "of a sentence-transformers model."
             ) from error
-        dim = self._model.get_embedding_dimension()
-        if not dim:
-            raise EncoderError(f"sentence encoder {model!r} does not say how wide its vectors are.")
-        self._model.eval()
         self.name = model
-        self.dim = int(dim)
+        self.dim = int(tried.shape[1])
         self.batch_size = batch_size
         self.fingerprint = _fingerprint(self._model)
 

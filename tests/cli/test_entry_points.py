@@ -10,7 +10,7 @@ from rich.console import Console
 
 from deeprec import cli, demo
 from deeprec.errors import RequestError
-from deeprec.evals.bench import guided_users
+from deeprec.evals.bench import agent
 from deeprec.graph import app
 from deeprec.graph.engine.base import Engine
 from deeprec.settings import load_settings
@@ -89,8 +89,8 @@ def test_the_servers_graph_is_loaded_once(workspace: Workspace) -> None:
 
 
 def test_bench_writes_its_figures(workspace: Workspace) -> None:
-    guided_users.main(users=2, concurrency=2, min_retrievals=2, max_retrievals=2)
-    report = json.loads((workspace.folder / "bench" / "guided_users.json").read_text())
+    agent.main(users=2, concurrency=2, min_retrievals=2, max_retrievals=2)
+    report = json.loads((workspace.folder / "bench" / "agent-guided.json").read_text())
     assert report["figures"]["users"] == 2
     assert report["figures"]["valid_lists"] == 1
     assert report["figures"]["invented_titles"] == 0

@@ -151,6 +151,9 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "type": lambda folder: edited(
         folder, "config.json", lambda about: about.update(hidden_size="wide")
     ),
+    "length": lambda folder: edited(
+        folder, "sentence_bert_config.json", lambda about: about.update(max_seq_length=-3)
+    ),
     "list": lambda folder: (folder / "config_sentence_transformers.json").write_text("[1]"),
     "pooling": lambda folder: (folder / "1_Pooling" / "config.json").write_text('{"x": []}'),
     "tokenizer": lambda folder: (folder / "tokenizer.json").write_text('{"model": 3}'),

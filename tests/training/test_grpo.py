@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from trl import GRPOConfig
 
 from deeprec.errors import EngineError
+from deeprec.graph.engine.adapter import merged_model
 from deeprec.graph.engine.tokenizer import load_tokenizer
 from deeprec.graph.engine.vllm_inprocess import VLLMEngine
 from deeprec.graph.state import Limits, RunSettings
@@ -290,3 +291,24 @@ def test_engine_and_trainer_agree_at_every_step(
     finally:
         ground.retriever.close()
         ground.catalog.close()
+
+
+def test_an_adapter_is_merged_once(tiny_llm: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    policy = load_policy(tiny_llm, None, LoRA(r=4))
+    with torch.no_grad():
+        for weight in policy.parameters():
+            if weight.requires_grad:
+                weight.add_(torch.randn_like(weight) * 0.1)
+    policy.save_pretrained(tmp_path / "run" / "final")
+    folder = merged_model(tiny_llm, tmp_path / "run" / "final", tmp_path / "merged")
+    ids = torch.tensor([[1, 5, 9, 200]])
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(folder)(ids).logits
+        assert torch.allclose(logits, policy(ids).logits, atol=1e-4)
+    assert load_tokenizer(folder).chat_template
+    made = Path(folder).stat().st_mtime_ns
+    assert merged_model(tiny_llm, tmp_path / "run" / "final", tmp_path / "merged") == folder
+    assert Path(folder).stat().st_mtime_ns == made
+    with pytest.raises(EngineError, match="is no adapter"):
+        merged_model(tiny_llm, tmp_path, tmp_path / "merged")
