@@ -39,7 +39,7 @@ def training_ground(
     try:
         _ = ground.catalog
     except CatalogError:
-        ground.index().close()
+        ground.index()
     return ground
 
 

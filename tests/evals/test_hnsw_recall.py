@@ -94,13 +94,15 @@ def test_what_the_index_misses_is_measured(
     query, asked = ChromaStore.query, []
 
     def counted(store: ChromaStore, vectors: np.ndarray, n: int) -> list[list[str]]:
-        asked.append(len(vectors))
+        if n >= 20:  # fewer when the catalog is probed
+            asked.append(len(vectors))
         return query(store, vectors, n)
 
     monkeypatch.setattr(ChromaStore, "query", counted)
     main()
     whole = json.loads(path.read_text())
-    assert asked[-3:] == [12, 11, 11]  # without a preference; then with it, and both vectors
+    # Without a preference one vector each, then two; the retriever batches as they arrive.
+    assert sum(asked) == 12 + 2 * 11
     assert whole["items"] == 600
     assert whole["preference"]["none"]["users"] == 12
     for row in whole["preference"].values():
