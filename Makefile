@@ -1,6 +1,7 @@
 # `make demo` and `make test` are all that a newcomer needs; both set everything up by themselves.
 
 PYTHON ?= python3
+PORT ?= 2024
 VENV := .venv
 BIN := $(VENV)/bin
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
@@ -32,8 +33,8 @@ format: $(VENV)/.installed-dev ## rewrite the code in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-studio: $(VENV)/.installed-server ## LangGraph's server with Studio on 127.0.0.1:2024
-	LANGSMITH_TRACING=false LANGGRAPH_CLI_NO_ANALYTICS=1 $(BIN)/langgraph dev --host 127.0.0.1 --no-browser
+studio: $(VENV)/.installed-server ## LangGraph's server with Studio on 127.0.0.1, at PORT
+	LANGSMITH_TRACING=false LANGGRAPH_CLI_NO_ANALYTICS=1 $(BIN)/langgraph dev --host 127.0.0.1 --port $(PORT) --no-browser
 
 bench: $(VENV)/.installed ## guided runs over 100 test users: validity and speed
 	$(BIN)/python -m deeprec.evals.bench.agent --users 100

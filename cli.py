@@ -32,8 +32,10 @@ console = Console()
 WorkspaceOption = Annotated[
     str | None, typer.Option("--workspace", "-w", help="Workspace in use [DEEPREC_WORKSPACE].")
 ]
+# What is not given comes from the adapter in use, or is guided, titles, 10 items, temperature 0.7.
 DecodingOption = Annotated[
-    str, typer.Option(help="free: the LLM writes everything. guided: a grammar keeps it valid.")
+    str | None,
+    typer.Option(help="free: the LLM writes everything. guided: a grammar keeps it valid."),
 ]
 
 
@@ -186,10 +188,12 @@ def recommend(
     filters: Annotated[
         str | None, typer.Option(help='JSON, e.g. \'{"genres": ["Comedy"]}\'.')
     ] = None,
-    decoding: DecodingOption = "guided",
-    answer_form: Annotated[str, typer.Option(help="titles or numbers.")] = "titles",
-    retrieve_n: Annotated[int, typer.Option(help="Items that one search returns.")] = 10,
-    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.7,
+    decoding: DecodingOption = None,
+    answer_form: Annotated[str | None, typer.Option(help="titles or numbers.")] = None,
+    retrieve_n: Annotated[int | None, typer.Option(help="Items that one search returns.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Sampling temperature; 0 is greedy.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Sampling seed.")] = None,
     time_budget: Annotated[
         float | None, typer.Option(help="Seconds; then the answer is made of what was found.")
@@ -199,9 +203,13 @@ def recommend(
     workspace: WorkspaceOption = None,
 ) -> None:
     """Recommend for a user of the data set, or for typed titles."""
-    from .graph.requests import parse_request, parse_settings, resolve_request
+    from .graph.app import run_settings
+    from .graph.requests import parse_request, resolve_request
 
-    settings = parse_settings(
+    place = _workspace(workspace)
+    settings = run_settings(
+        place.settings,
+        {"retrieve_n": 10, "temperature": 0.7},
         k=k,
         decoding=decoding,
         answer_form=answer_form,
@@ -211,7 +219,6 @@ def recommend(
         limits={"time_budget_s": time_budget},
     )
     request = parse_request(history=titles or None, user_id=user, filters=_json_object(filters))
-    place = _workspace(workspace)
     with errors.status("Loading the recommendation model and the LLM"):
         # A request that can't be answered is told before the LLM takes its time to load.
         resolve_request(request, settings, place.catalog, place.histories(hold_out=False))

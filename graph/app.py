@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -45,9 +46,34 @@ def tuned_model(settings: Settings) -> str:
     """Hub name or folder of the LLM, with the settings' adapter merged in. Raises EngineError."""
     if settings.adapter is None:
         return settings.model_name
-    from .engine.adapter import merged_model
+    import torch
 
-    return merged_model(settings.model_name, settings.adapter, settings.merged_dir)
+    from .engine.adapter import merged_model
+    from .engine.limits import cpu_dtype
+
+    dtype = settings.engine.dtype
+    return merged_model(
+        settings.model_name,
+        settings.adapter,
+        settings.merged_dir,
+        dtype=dtype if torch.cuda.is_available() else cpu_dtype(dtype),
+    )
+
+
+def run_settings(
+    settings: Settings, defaults: Mapping[str, object] | None = None, **given: object
+) -> RunSettings:
+    """Settings of runs: what is given and not None, else what the adapter was trained with, else
+    `defaults`, else those of RunSettings.
+
+    Raises RequestError where a field is malformed, EngineError where the adapter's can't be read.
+    """
+    from .engine.adapter import trained_settings
+    from .requests import parse_settings
+
+    trained = trained_settings(settings.adapter) if settings.adapter else {}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    return parse_settings(**{**(defaults or {}), **trained, **chosen})
 
 
 def load_graph(
@@ -59,8 +85,9 @@ def load_graph(
 ) -> CompiledStateGraph[Any, Any, Any, Any]:
     """Load TRM, catalog and engine, and compile the agent over them.
 
-    `settings` are the defaults of its runs. With `hold_out` the last item of each user's history
-    is left out, as a test needs it. `engine` is one that is loaded already.
+    `settings` are the defaults of its runs; none: `run_settings` of the workspace's. With
+    `hold_out` the last item of each user's history is left out, as a test needs it. `engine` is one
+    that is loaded already.
     Raises DeepRecError where a part is missing.
     """
     from .build import build_graph
@@ -68,6 +95,7 @@ def load_graph(
     retriever = workspace.retriever  # first: a missing workspace is told before the LLM loads
     engine = engine or load_engine(workspace.settings)
     histories = workspace.histories(hold_out=hold_out)
+    settings = settings or run_settings(workspace.settings)
     return build_graph(engine, retriever, histories=histories, settings=settings)
 
 

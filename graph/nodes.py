@@ -12,7 +12,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -301,7 +301,8 @@ async def call_trm(resources: Resources, state: State) -> dict[str, Any]:
         try:
             left = step.check_time()
             async with asyncio.timeout(left):
-                found = await retrieve(resources, state, preference, step.settings.retrieve_n)
+                wish = protocol.searched_preference(preference)
+                found = await retrieve(resources, state, wish, step.settings.retrieve_n)
         except (TimeoutError, LimitReachedError):
             return _stop(step, "time_budget", "the time budget ran out in a retrieval")
         except CatalogError as error:
@@ -311,7 +312,7 @@ async def call_trm(resources: Resources, state: State) -> dict[str, Any]:
         protocol.render_refusal(refused)
         if refused is not None
         else protocol.render_retrieved(
-            [resources.listed(item.id) for item in found], numbers, step.settings.answer_form
+            _shown(resources, found, step.settings), numbers, step.settings.answer_form
         )
     )
     ids = step.encode(text)
@@ -320,6 +321,13 @@ async def call_trm(resources: Resources, state: State) -> dict[str, Any]:
     step.write_ids("environment", ids)
     turn = Turn(thought=pending["thought"], preference=preference, retrieved=found, refused=refused)
     return step.update(pending=None, turns=[turn.model_dump()])
+
+
+def _shown(
+    resources: Resources, found: Sequence[RetrievedItem], settings: RunSettings
+) -> list[protocol.ListedItem]:
+    items = [resources.listed(item.id) for item in found]
+    return items if settings.list_attributes else [replace(item, attributes=()) for item in items]
 
 
 def _refusal(preference: str | None, turns: Sequence[Mapping[str, Any]]) -> str | None:

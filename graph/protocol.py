@@ -16,6 +16,9 @@ BEGIN_PREFERENCE, END_PREFERENCE = "<|begin_of_preference|>", "<|end_of_preferen
 BEGIN_ITEMS, END_ITEMS = "<|begin_of_item_list|>", "<|end_of_item_list|>"
 BEGIN_ANSWER, END_ANSWER = "<recommendation_list>", "</recommendation_list>"
 
+ANYTHING = "anything"
+"""The preference that stands for none: the TRM searches by the history alone."""
+
 MAX_LINE_CHARS = 750
 """Lines of a history or a list are cut here (METHOD.md §2, the authors' constant)."""
 
@@ -30,7 +33,8 @@ _SEARCH = f"""\
 Between {BEGIN_THINK} and {END_THINK}, reason about what this user may want next. To search, write \
 a few short phrases joined by ; between {BEGIN_PREFERENCE} and {END_PREFERENCE}. The catalog \
 answers with a list between {BEGIN_ITEMS} and {END_ITEMS}; never write such a list yourself. \
-Search as often as it helps, each time with another preference."""
+The word {ANYTHING} alone searches by the history only. Search as often as it helps, each time \
+with another preference."""
 _ANSWER_TITLES = f"""\
 Then close {END_THINK} and write the {{k}} best of the listed titles, best first, each once:
 {BEGIN_ANSWER}
@@ -141,6 +145,13 @@ def normalise_preference(text: str) -> str:
 def preference_key(preference: str) -> frozenset[str]:
     """Compare preferences by this: the same phrases in another order are the same preference."""
     return frozenset(phrase.strip().casefold() for phrase in preference.split(";"))
+
+
+def searched_preference(preference: str | None) -> str | None:
+    """What the TRM is given: the preference, or None where it says `ANYTHING` and no more."""
+    if preference is not None and preference_key(preference) == {ANYTHING}:
+        return None
+    return preference
 
 
 _ANY_MARKER = re.compile(

@@ -85,6 +85,10 @@ class RunSettings(_Model):
         description="free: the policy writes everything (training, strict evaluation). guided: a "
         "grammar keeps preferences, the choice to stop and the list valid (serving).",
     )
+    list_attributes: bool = Field(
+        True,
+        description="Retrieved lists show attributes, not only titles (half of a run's tokens).",
+    )
     answer_form: AnswerForm = Field("titles", description="Answer lines name titles or numbers.")
     temperature: float = Field(0.0, ge=0, le=2, description="Sampling temperature; 0 is greedy.")
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling.")

@@ -108,13 +108,18 @@ def keep_config(config: BaseModel, folder: Path, *, free: frozenset[str] = froze
 
 
 def write_json(path: Path, content: object) -> None:
+    """Write JSON into a file, whole or not at all. Raises SettingsError."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all. Raises SettingsError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(json.dumps(content, indent=1) + "\n")
+                file.write(text)
             Path(beside).chmod(0o644)
             os.replace(beside, path)
         except BaseException:

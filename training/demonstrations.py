@@ -1,9 +1,10 @@
 """Demonstrations: runs of the real graph in which a script plays the policy.
 
 A small model never finds the protocol by sampling, so it is shown what runs look like. For each
-training example the demonstrator tries preferences that the history suggests, keeps some that
-bring the target in and differ from each other, and ranks by fusing what came back. The graph
-itself then plays that script, so every list, limit, token boundary and rule is the real one.
+training example the demonstrator first searches by the history alone, then tries preferences that
+the history suggests, keeps some that bring the target in and differ from each other, and ranks by
+fusing what came back. The graph itself then plays that script, so every list, limit, token boundary
+and rule is the real one.
 """
 
 from __future__ import annotations
@@ -47,10 +48,9 @@ _OPENINGS = (
     "This user keeps coming back to {values}.",
 )
 _INTENTS = (
-    "I will look for {wish}.",
-    "Let me search for {wish}.",
-    "{wish} is worth a search.",
-    "First {wish}.",
+    "First a look at anything.",
+    "I start with anything that fits the history.",
+    "Before I search for more, anything.",
 )
 _NEXT = (
     "{found} fits. Now from another side: {wish}.",
@@ -64,8 +64,8 @@ _AGAIN = (
     "The searches agree on {again}.",
 )
 _ONCE = (
-    "The searches have little in common; the best of each come first.",
-    "Each search found something else, so I mix their best.",
+    "The searches have little in common; the first list leads.",
+    "Each search found something else, so I keep the first list's order and add their best.",
 )
 
 
@@ -74,10 +74,14 @@ class DemonstrationConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    # Share of runs with two, three and four searches.
+    # Share of runs with two, three and four searches; the first is for anything.
     searches: tuple[float, float, float] = (0.25, 0.5, 0.25)
     # Preferences that are tried for each example.
     candidates: int = Field(16, ge=4)
+    # How much more the first list, which no preference narrows, counts than each of the others.
+    first_weight: float = Field(3.0, gt=0)
+    # The c of 1 / (c + rank), rank from 1, by which lists are fused.
+    fusion_constant: float = Field(2.0, ge=0)
     # Share of the examples whose answer misses the target that are kept all the same.
     keep_misses: float = Field(0.25, ge=0, le=1)
 
@@ -165,11 +169,11 @@ class Demonstrator:
 
     def plan(self, examples: Sequence[Example], rng: Generator) -> list[Script | None]:
         """Scripts for examples; None where the answer misses and the example is left out."""
-        wishes = [self._suggestions(example, rng) for example in examples]
+        wishes = [[protocol.ANYTHING, *self._suggestions(example, rng)] for example in examples]
         requests = [
             RetrievalRequest(
                 history=example.history,
-                preference=wish,
+                preference=protocol.searched_preference(wish),
                 k=self._settings.retrieve_n,
                 exclude=frozenset(example.history),
             )
@@ -213,10 +217,14 @@ class Demonstrator:
         rng: Generator,
     ) -> Script | None:
         count = min(2 + int(rng.choice(3, p=self._config.searches)), len(wishes))
-        chosen = _choose(example.target, lists, vectors, count)
-        order = [int(at) for at in rng.permutation(chosen)]
+        chosen = _choose(example.target, lists[1:], vectors[1:], count - 1)
+        order = [0, *(1 + int(at) for at in rng.permutation(chosen))]
         k = self._settings.k
-        fused = reciprocal_rank_fusion([lists[at] for at in order])[:k]
+        fused = reciprocal_rank_fusion(
+            [lists[at] for at in order],
+            first_weight=self._config.first_weight,
+            constant=self._config.fusion_constant,
+        )[:k]
         missed = example.target not in fused
         if len(fused) < k or (missed and rng.random() >= self._config.keep_misses):
             return None
@@ -245,7 +253,7 @@ class Demonstrator:
         texts = []
         for at, (wish, _) in enumerate(searches):
             if at == 0:
-                thought = f"{protocol.BEGIN_THINK}\n{self._opening(example, wish, rng)}\n"
+                thought = f"{protocol.BEGIN_THINK}\n{self._opening(example, rng)}\n"
             else:
                 before = searches[at - 1][1]
                 said = str(rng.choice(_NEXT))
@@ -264,11 +272,11 @@ class Demonstrator:
         texts.append("")  # end of sequence
         return tuple(texts)
 
-    def _opening(self, example: Example, wish: str, rng: Generator) -> str:
+    def _opening(self, example: Example, rng: Generator) -> str:
         read = [self._row[item] for item in example.history[-self._settings.history_length :]]
         common = self._vocabulary.history_terms(read, 2)
         title = self._catalog.display_title(example.history[-1])
-        intent = str(rng.choice(_INTENTS)).format(wish=wish)
+        intent = str(rng.choice(_INTENTS))
         if not common:
             return intent
         values = " and ".join(self._vocabulary.phrases(common))
@@ -323,7 +331,9 @@ def demonstrate(
         policy = ScriptedPolicy(script.texts, tokenizer, max_model_len)
         graph: Any = build_graph(policy, retriever)
         state = graph.invoke(
-            {"history": list(example.history)}, context=free, output_keys=list(RUN_KEYS)
+            {"history": [f"id:{item}" for item in example.history]},
+            context=free,
+            output_keys=list(RUN_KEYS),
         )
         run = Trajectory.from_state(
             state,

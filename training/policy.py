@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SettingsError
-from .configuration import LoRA
+from ..graph.engine.adapter import RUN_SETTINGS
+from .configuration import LoRA, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from ..graph.state import RunSettings
+
 _ADAPTER = "adapter_config.json"
+_TRAINED_WITH = {"answer_form", "retrieve_n", "history_length", "list_attributes"}
 
 
 def load_policy(base: str, start: Path | None, lora: LoRA | None) -> PreTrainedModel:
@@ -43,6 +47,12 @@ def load_policy(base: str, start: Path | None, lora: LoRA | None) -> PreTrainedM
     if adapter:
         return PeftModel.from_pretrained(model, str(start), is_trainable=True)
     return model if lora is None else get_peft_model(model, lora.config())
+
+
+def keep_run_settings(run: RunSettings, folder: Path) -> None:
+    """Write beside the weights what of a run's settings the policy was trained with."""
+    fields = run.model_dump(include=_TRAINED_WITH)
+    write_json(folder / RUN_SETTINGS, {"decoding": "free", "temperature": 0.0, **fields})
 
 
 def plain_weights(model: Any) -> dict[str, Tensor]:

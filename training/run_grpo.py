@@ -33,6 +33,7 @@ from deeprec.training.configuration import (
     keep_config,
     load_config,
     write_json,
+    write_text,
 )
 from deeprec.training.ground import TARGETS_PER_USER, select_users, training_ground
 from deeprec.training.rewards import RewardConfig, Rewarder, Rules, Stage
@@ -200,9 +201,10 @@ def train_stage(
     """Train one stage from `start`, or from its own newest checkpoint; gives its `final`."""
     from datasets import Dataset
 
+    from deeprec.training.card import policy_card
     from deeprec.training.checkpoints import Sealer, newest_whole
     from deeprec.training.curves import draw
-    from deeprec.training.policy import load_policy
+    from deeprec.training.policy import keep_run_settings, load_policy
     from deeprec.training.rollout import Plan, Rollouts
     from deeprec.training.trainer import Trainer
 
@@ -242,6 +244,16 @@ def train_stage(
     history = trainer.state.log_history
     write_json(folder / "log.json", history)
     draw(history, folder / "curves.png", title=f"{stage.stage}, {stage.steps} steps")
+    card = policy_card(
+        base=engine.name,
+        stage=stage.stage,
+        data=base.data.name,
+        adapter=config.lora is not None,
+        config=config.model_dump(mode="json", exclude={"output", "start", "model"}),
+        history=history,
+    )
+    write_text(final / "README.md", card)
+    keep_run_settings(config.run, final)
     write_json(final / "finished.json", {"stage": stage.stage, "steps": stage.steps})
     return final
 

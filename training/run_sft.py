@@ -27,10 +27,19 @@ from deeprec.graph.state import RunSettings
 from deeprec.settings import load_settings
 from deeprec.tools.progress import trm_progress
 from deeprec.tools.workspace import Workspace
-from deeprec.training.configuration import LoRA, check_options, keep_config, load_config
+from deeprec.training.card import policy_card
+from deeprec.training.configuration import (
+    LoRA,
+    check_options,
+    keep_config,
+    load_config,
+    write_json,
+    write_text,
+)
+from deeprec.training.curves import draw
 from deeprec.training.demonstrations import DemonstrationConfig, Demonstrator, demonstrate
 from deeprec.training.ground import TARGETS_PER_USER, select_users, training_ground
-from deeprec.training.policy import load_policy
+from deeprec.training.policy import keep_run_settings, load_policy
 from deeprec.training.selection import SelectionConfig
 from deeprec.training.trajectory_file import iter_trajectories, write_part
 
@@ -77,7 +86,8 @@ def run(config: SFTRun, console: Console) -> Path:
     check_model_folder(model)
     keep_config(config, config.output)
     tokenizer = load_tokenizer(model)
-    shown = _demonstrations(config, Workspace(settings), tokenizer, console)
+    base = Workspace(settings)
+    shown = _demonstrations(config, base, tokenizer, console)
     data = dataset(shown)
     console.print(
         f"{len(shown)} demonstrations, {sum(map(len, data['input_ids'])) / len(shown):.0f} tokens "
@@ -93,6 +103,19 @@ def run(config: SFTRun, console: Console) -> Path:
     trainer.train(resume_from_checkpoint=_checkpoint(config.output))
     final = config.output / "final"
     trainer.save_model(str(final))
+    history = trainer.state.log_history
+    write_json(config.output / "log.json", history)
+    draw(history, config.output / "curves.png", title=f"warm start, {len(shown)} demonstrations")
+    card = policy_card(
+        base=model,
+        stage=STAGE,
+        data=base.data.name,
+        adapter=config.lora is not None,
+        config=config.model_dump(mode="json", exclude={"output", "model"}),
+        history=history,
+    )
+    write_text(final / "README.md", card)
+    keep_run_settings(config.run, final)
     return final
 
 

@@ -25,9 +25,9 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
 from ...errors import RequestError
-from ...graph.app import load_graph
+from ...graph.app import load_graph, run_settings
 from ...graph.fusion import reciprocal_rank_fusion
-from ...graph.requests import parse_request, parse_settings
+from ...graph.requests import parse_request
 from ...graph.state import Failure, RecommendationResponse, Usage
 from ...settings import load_settings
 from ...terminal import run_app
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from langgraph.graph.state import CompiledStateGraph
 
 _NOWHERE = 1_000_000
+_TOLD_EVERY = 5  # users, where no bar can be drawn
 
 
 def measure(
@@ -144,6 +145,8 @@ async def run_users(
 ) -> dict[str, RecommendationResponse]:
     """Recommend for every user, at most `concurrency` at the same time."""
     gate = asyncio.Semaphore(concurrency)
+    started = time.monotonic()
+    done: list[str] = []
     with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console) as bars:
         task = bars.add_task("Users", total=len(users))
 
@@ -155,6 +158,10 @@ async def run_users(
                 except RequestError as error:
                     response = _unanswered(str(error))
             bars.advance(task)
+            done.append(user)
+            if not console.is_terminal and len(done) % _TOLD_EVERY == 0:
+                minutes = (time.monotonic() - started) / 60
+                console.print(f"{len(done)} of {len(users)} users, {minutes:.1f} minutes")
             return response
 
         answers = await asyncio.gather(*(one(user) for user in users))
@@ -176,25 +183,34 @@ def _unanswered(why: str) -> RecommendationResponse:
 
 def main(
     users: Annotated[int, typer.Option(min=1, help="Test users.")] = 100,
-    concurrency: Annotated[int, typer.Option(min=1, help="Runs at the same time.")] = 32,
-    decoding: Annotated[str, typer.Option(help="guided or free.")] = "guided",
-    answer_form: Annotated[str, typer.Option(help="titles or numbers.")] = "titles",
-    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.7,
-    retrieve_n: Annotated[int, typer.Option(min=1, help="Items that one search returns.")] = 10,
-    history_length: Annotated[int, typer.Option(min=1, help="History that the LLM reads.")] = 20,
+    concurrency: Annotated[
+        int, typer.Option(min=1, help="Runs at the same time. The KV cache should hold them all.")
+    ] = 16,
+    decoding: Annotated[str | None, typer.Option(help="guided or free.")] = None,
+    answer_form: Annotated[str | None, typer.Option(help="titles or numbers.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Sampling temperature; 0 is greedy.")
+    ] = None,
+    retrieve_n: Annotated[int | None, typer.Option(help="Items that one search returns.")] = None,
+    history_length: Annotated[int | None, typer.Option(help="History that the LLM reads.")] = None,
     min_retrievals: Annotated[int, typer.Option(min=0, help="Searches before it may stop.")] = 2,
     max_retrievals: Annotated[int, typer.Option(min=1, help="Most searches.")] = 4,
 ) -> None:
-    """Run the benchmark on the workspace of the settings."""
+    """Run the benchmark on the workspace of the settings.
+
+    What is not given comes from the adapter in use, or is guided, titles, temperature 0.7, lists
+    and histories of 10.
+    """
     console = Console()
     workspace = Workspace(load_settings())
-    settings = parse_settings(
+    settings = run_settings(
+        workspace.settings,
+        {"temperature": 0.7, "retrieve_n": 10, "history_length": 10, "thought_tokens": 48},
         decoding=decoding,
         answer_form=answer_form,
         temperature=temperature,
         retrieve_n=retrieve_n,
         history_length=history_length,
-        thought_tokens=48,
         seed=0,
         limits={"min_retrievals": min_retrievals, "max_retrievals": max_retrievals},
     )
@@ -232,8 +248,8 @@ def main(
     folder.mkdir(exist_ok=True)
     rows = [f"| {name} | {_shown(value)} |" for name, value in figures.items()]
     table = "\n".join(["| figure | value |", "| --- | --- |", *rows])
-    _replace(folder / f"agent-{decoding}.json", json.dumps(report, indent=2) + "\n")
-    _replace(folder / f"agent-{decoding}.md", table + "\n")
+    _replace(folder / f"agent-{settings.decoding}.json", json.dumps(report, indent=2) + "\n")
+    _replace(folder / f"agent-{settings.decoding}.md", table + "\n")
     for name, value in figures.items():
         console.print(f"{name:<24}{_shown(value)}", highlight=False)
     console.print(f"Written to {folder}", soft_wrap=True)

@@ -1,27 +1,53 @@
-"""LoRA adapters: merged into their base model once, so that every engine serves them alike."""
+"""LoRA adapters: merged into their base model once, so that every engine serves them alike, and
+served as they were trained.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from ...errors import EngineError
 from .limits import check_model_folder
 from .tokenizer import load_tokenizer
 
+RUN_SETTINGS = "run_settings.json"
+"""What of RunSettings an LLM was trained with, beside its weights."""
+
 _FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
-def merged_model(base: str, adapter: Path, cache: Path) -> str:
+def trained_settings(folder: Path) -> dict[str, Any]:
+    """Fields of RunSettings that a trained LLM expects; empty where its folder holds none.
+
+    Raises EngineError where the file can't be read.
+    """
+    path = folder / RUN_SETTINGS
+    if not path.is_file():
+        return {}
+    try:
+        fields = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise EngineError(f"can't read {path}: {error}. Remove it, or copy it anew.") from error
+    if not isinstance(fields, dict):
+        raise EngineError(f"{path} holds no fields. Remove it, or copy it anew.")
+    return fields
+
+
+def merged_model(base: str, adapter: Path, cache: Path, *, dtype: str = "auto") -> str:
     """Folder of `base` with the adapter added to its weights; made at the first call.
 
     Args:
         base: hub name or folder of the model that the adapter was trained on.
         adapter: folder with adapter_config.json and adapter_model.safetensors.
         cache: where merged models are kept, by the content of the adapter and the base's name.
+        dtype: what the engine computes in. "float32" keeps the sum as it was trained; "auto" and
+            all others round it to the base's own type, so that it takes no more room.
 
     Raises EngineError: no such adapter, or one of another model.
 
@@ -33,7 +59,8 @@ def merged_model(base: str, adapter: Path, cache: Path) -> str:
             "run with lora, or correct DEEPREC_ADAPTER."
         )
     check_model_folder(base)
-    digest = hashlib.sha256(base.encode())
+    exact = dtype == "float32"
+    digest = hashlib.sha256(f"{base} {exact}".encode())
     for name in _FILES:
         digest.update((adapter / name).read_bytes())
     folder = cache / f"{adapter.resolve().parent.name}-{digest.hexdigest()[:16]}"
@@ -45,7 +72,7 @@ def merged_model(base: str, adapter: Path, cache: Path) -> str:
     except OSError as error:
         raise EngineError(f"can't write to {cache}: {error}. Set DEEPREC_HOME.") from error
     try:
-        _merge(base, adapter, beside)
+        _merge(base, adapter, beside, exact=exact)
         beside.chmod(0o755)
         os.replace(beside, folder)
     except BaseException:
@@ -54,14 +81,16 @@ def merged_model(base: str, adapter: Path, cache: Path) -> str:
     return str(folder)
 
 
-def _merge(base: str, adapter: Path, folder: Path) -> None:
+def _merge(base: str, adapter: Path, folder: Path, *, exact: bool) -> None:
+    import torch
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(base)
+    own = AutoConfig.from_pretrained(base).dtype or torch.float32
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     try:
         tuned = PeftModel.from_pretrained(model, str(adapter))
     except (RuntimeError, ValueError) as error:
         raise EngineError(f"{adapter} is no adapter of {base!r}: {error}") from error
-    tuned.merge_and_unload().save_pretrained(folder)
+    tuned.merge_and_unload().to(torch.float32 if exact else own).save_pretrained(folder)
     load_tokenizer(base).save_pretrained(folder)

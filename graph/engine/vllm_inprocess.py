@@ -11,8 +11,8 @@ import atexit
 import itertools
 import os
 from collections.abc import Mapping
-from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 from ...errors import EngineError
 from .base import Engine, Finish, Generation, GenerationRequest, LoopThread
@@ -65,6 +65,7 @@ class VLLMEngine(Engine):
         try:
             from vllm.engine.arg_utils import AsyncEngineArgs
             from vllm.platforms import current_platform
+            from vllm.v1.engine.async_llm import AsyncLLM
         except ImportError as error:
             raise EngineError(
                 f"vLLM can't be imported ({error}). Install deeprec-agent[gpu] on an NVIDIA "
@@ -100,7 +101,12 @@ class VLLMEngine(Engine):
             worker_extension_cls=f"{SyncWorker.__module__}.{SyncWorker.__qualname__}",
         )
         try:
-            self._llm: AsyncLLM = self._loop.submit(_start(args)).result()
+            # Starting blocks, which servers forbid in event loops; a thread of its own has none.
+            with ThreadPoolExecutor(max_workers=1) as apart:
+                self._llm: AsyncLLM = apart.submit(AsyncLLM.from_engine_args, args).result()
+            # A killed process closes nothing, and vLLM's own would live on.
+            watch = self._llm.collective_rpc("deeprec_watch", args=(os.getpid(),))
+            self._loop.submit(watch).result()
         except Exception as error:  # the boundary: vLLM raises anything from its child process
             self._loop.close()
             raise EngineError(
@@ -167,12 +173,6 @@ class VLLMEngine(Engine):
         self._llm.shutdown()
         del self._llm  # its finaliser fails in a closing interpreter
         await asyncio.sleep(0)
-
-
-async def _start(args: Any) -> AsyncLLM:
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    return AsyncLLM.from_engine_args(args)
 
 
 def _sampling_params(request: GenerationRequest) -> SamplingParams:

@@ -1,15 +1,18 @@
-"""New weights for a running vLLM engine, without starting it again.
+"""What we add to vLLM's worker process: new weights while it runs, and an end with its owner.
 
-`SyncWorker` is mixed into vLLM's worker process (its option worker_extension_cls). The weights
-come as a safetensors file and the method is called by its name, so nothing is unpickled.
+`SyncWorker` is mixed into the worker (vLLM's option worker_extension_cls). The weights come as a
+safetensors file and methods are called by their names, so nothing is unpickled.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +27,12 @@ class SyncWorker:
     """Methods that the engine calls in vLLM's worker."""
 
     model_runner: Any  # of vLLM's worker, which this class is mixed into
+
+    def deeprec_watch(self, owner: int) -> None:
+        """End vLLM's processes when the process that started the engine has ended in any way."""
+        core = os.getppid()  # the engine core, or the owner itself where they share a process
+        mine = [os.getpid()] if core == owner else [core, os.getpid()]
+        threading.Thread(target=_end_with, args=(owner, mine), daemon=True).start()
 
     def deeprec_load(self, folder: str) -> None:
         """Replace the model's weights by those that `handed_over` wrote."""
@@ -41,6 +50,16 @@ class SyncWorker:
             # The head holds a repacked copy of the embeddings, which reloading leaves stale.
             model.lm_head.weight = model.model.embed_tokens.weight
             dispatch_cpu_unquantized_gemm(model.lm_head, remove_weight=False)
+
+
+def _end_with(owner: int, processes: Sequence[int]) -> None:
+    import psutil
+
+    with suppress(psutil.NoSuchProcess):
+        psutil.Process(owner).wait()
+    for process in processes:
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
 
 
 @contextmanager

@@ -43,7 +43,7 @@ def respond(run: Run) -> RecommendationResponse:
     return RecommendationResponse.model_validate({name: run.state[name] for name in fields})
 
 
-def found(retriever: Retriever, preference: str, n: int = 4) -> list[str]:
+def found(retriever: Retriever, preference: str | None, n: int = 4) -> list[str]:
     request = RetrievalRequest(
         history=("0", "1", "2"), preference=preference, k=n, exclude=frozenset({"0", "1", "2"})
     )
@@ -128,6 +128,49 @@ def test_a_repeated_preference_is_refused_and_counts_for_nothing(run_graph: RunG
     assert response.turns[1].retrieved == []
     assert response.usage.retrievals == 1
     assert response.turns[2].preference is None
+
+
+def test_anything_searches_by_the_history_alone(
+    run_graph: RunGraph, retriever: Retriever, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    submit = retriever.submit
+
+    def recorded(request: RetrievalRequest) -> Any:
+        asked.append(request.preference)
+        return submit(request)
+
+    monkeypatch.setattr(retriever, "submit", recorded)
+    run = run_graph(
+        "<think>\n" + ask("Anything"),
+        ask("anything; horror"),
+        ask("anything"),
+        "So.</think>",
+        answer("Film 3", "Film 4"),
+        "",
+    )
+    turns = respond(run).turns
+    assert asked == [None, "anything; horror"]
+    assert [item.id for item in turns[0].retrieved] == found(retriever, None)
+    assert [turn.refused is None for turn in turns] == [True, True, False, True]
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_lists_may_show_titles_only(run_graph: RunGraph, shown: bool) -> None:
+    run = run_graph(
+        "<think>\n" + ask("comedy"),
+        "So.</think>",
+        answer("Film 3", "Film 4"),
+        "",
+        list_attributes=shown,
+    )
+    listed = "".join(
+        run.engine.tokenizer.decode(segment_ids(piece).tolist())
+        for piece in run.state["segments"]
+        if piece["author"] == "environment"
+    )
+    assert "Film" in listed
+    assert ("genres:" in listed) == shown
 
 
 def test_an_unmarked_preference_is_refused(run_graph: RunGraph) -> None:

@@ -97,3 +97,7 @@ def test_reciprocal_rank_fusion_by_hand() -> None:
     assert reciprocal_rank_fusion([["a", "b"], ["b", "c", "a"]]) == ["b", "a", "c"]
     assert reciprocal_rank_fusion([]) == []
     assert reciprocal_rank_fusion([["x", "y"]]) == ["x", "y"]
+    # a 3/3 + 1/4, b 3/4 + 1/3, c 1/5; with equal weights b would lead.
+    lists = [["a", "b"], ["b", "a", "c"]]
+    assert reciprocal_rank_fusion(lists, first_weight=3, constant=2) == ["a", "b", "c"]
+    assert reciprocal_rank_fusion([["a"], ["b", "c"]], first_weight=0.5) == ["b", "c", "a"]

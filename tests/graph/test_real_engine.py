@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
 from deeprec.errors import EngineError
@@ -21,6 +22,7 @@ from deeprec.graph.engine.vllm_inprocess import VLLMEngine
 from deeprec.graph.engine.vllm_server import VLLMServerEngine
 from deeprec.graph.state import RecommendationResponse, RunSettings
 from deeprec.graph.transcript import Transcript, segment_ids
+from deeprec.settings import load_settings
 from deeprec.tools.retriever import Retriever
 
 pytestmark = pytest.mark.engine
@@ -223,3 +225,50 @@ def test_time_budget_cuts_a_generation(real_engine: Engine, retriever: Retriever
     assert state["stop_reason"] == "time_budget"
     assert len(state["recommendations"]) == 4
     assert state["usage"]["seconds"] < 6
+
+
+def test_starting_blocks_no_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LangGraph's server raises BlockingError at it."""
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    seen = []
+
+    def start(_: object) -> None:
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            seen.append("apart")
+        else:
+            seen.append("in an event loop")
+        raise OSError("no more than this")
+
+    async def in_a_server() -> None:
+        VLLMEngine(load_settings().model_name, max_model_len=1024, kv_cache_gib=1)
+
+    monkeypatch.setattr(AsyncLLM, "from_engine_args", start)
+    with pytest.raises(EngineError, match="no more than this"):
+        asyncio.run(in_a_server())
+    assert seen == ["apart"]
+
+
+def test_a_killed_owner_leaves_no_process_behind(tmp_path: Path) -> None:
+    code = (
+        "import time\n"
+        "from deeprec.graph.engine.vllm_inprocess import VLLMEngine\n"
+        "from deeprec.settings import load_settings\n"
+        "if __name__ == '__main__':\n"
+        "    VLLMEngine(load_settings().model_name, max_model_len=1024, kv_cache_gib=1)\n"
+        "    print('up', flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    script = tmp_path / "owner.py"
+    script.write_text(code)
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE) as owner:
+        assert owner.stdout is not None
+        assert owner.stdout.readline() == b"up\n"
+        started = psutil.Process(owner.pid).children(recursive=True)
+        engine = [process for process in started if "VLLM" in " ".join(process.cmdline())]
+        assert engine
+        owner.kill()
+    _, alive = psutil.wait_procs(engine, timeout=20)
+    assert alive == []

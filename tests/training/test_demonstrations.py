@@ -6,8 +6,8 @@ from deeprec.graph import protocol
 from deeprec.graph.engine.tokenizer import load_tokenizer
 from deeprec.graph.state import RunSettings
 from deeprec.settings import load_settings
-from deeprec.tools.interactions import InteractionData, leave_one_out
-from deeprec.tools.retriever import Retriever
+from deeprec.tools.interactions import InteractionData, Item, leave_one_out
+from deeprec.tools.retriever import RetrievalRequest, Retriever
 from deeprec.tools.text_encoder import TextEncoder
 from deeprec.training.demonstrations import (
     DemonstrationConfig,
@@ -80,6 +80,29 @@ def test_searches_of_a_run_differ_and_say_nothing_of_the_target(runs: list[Traje
         own = "".join(piece.text for piece in run.pieces if piece.author == "policy")
         target = f"Film {run.target}"
         assert target not in own.partition(protocol.BEGIN_ANSWER)[0].split()
+
+
+def test_the_first_search_is_for_anything(
+    runs: list[Trajectory], examples: list[Example], retriever: Retriever
+) -> None:
+    histories = {(e.user, len(e.history)): e.history for e in examples}
+    for run in runs:
+        _, user, length = run.id.split("/")
+        history = histories[user, int(length)]
+        alone = RetrievalRequest(history=history, k=6, exclude=frozenset(history))
+        expected = [item.id for item in retriever.retrieve([alone])[0]]
+        assert [item.id for item in run.turns[0].retrieved] == expected
+        assert run.turns[0].preference == protocol.ANYTHING
+
+
+def test_a_history_is_of_ids_even_where_a_title_reads_like_one(
+    examples: list[Example], retriever: Retriever, tiny_encoder: TextEncoder
+) -> None:
+    retriever.upsert([Item("new", title=examples[0].history[0])])
+    try:
+        assert made(examples[:8], retriever, tiny_encoder, wanted=1, keep_misses=1.0)
+    finally:
+        retriever.remove(["new"])
 
 
 def test_misses_are_kept_in_their_share(

@@ -312,3 +312,9 @@ def test_an_adapter_is_merged_once(tiny_llm: str, tmp_path: Path) -> None:
     assert Path(folder).stat().st_mtime_ns == made
     with pytest.raises(EngineError, match="is no adapter"):
         merged_model(tiny_llm, tmp_path, tmp_path / "merged")
+    half = str(tmp_path / "half")
+    AutoModelForCausalLM.from_pretrained(tiny_llm).to(torch.bfloat16).save_pretrained(half)
+    load_tokenizer(tiny_llm).save_pretrained(half)
+    for dtype, kept in (("auto", torch.bfloat16), ("float32", torch.float32)):
+        folder = merged_model(half, tmp_path / "run" / "final", tmp_path / "merged", dtype=dtype)
+        assert AutoModelForCausalLM.from_pretrained(folder).dtype == kept
