@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 PORT ?= 2024
+SEED ?= 0
 VENV := .venv
 BIN := $(VENV)/bin
 HAS_GPU := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo yes)
@@ -14,7 +15,7 @@ TORCH_CPU := https://download.pytorch.org/whl/cpu
 # Where this is set, every start would compile all that it imports anew (half a minute here).
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test lint format studio bench install clean
+.PHONY: demo test lint format studio bench train-smoke install clean
 
 demo: $(VENV)/.installed ## set up, train the TRM, and watch the agent recommend for three users
 	$(BIN)/deeprec demo
@@ -38,6 +39,9 @@ studio: $(VENV)/.installed-server ## LangGraph's server with Studio on 127.0.0.1
 
 bench: $(VENV)/.installed ## guided runs over 100 test users: validity and speed
 	$(BIN)/python -m deeprec.evals.bench.agent --users 100
+
+train-smoke: $(VENV)/.installed-dev ## after make demo: a short run of GRPO from the shipped warm start, with SEED
+	$(BIN)/python training/run_grpo.py --config training/configs/smoke_ml100k.yaml --seed $(SEED) --output runs/smoke-$(SEED)
 
 install: $(VENV)/.installed ## the package and its engine in .venv
 

@@ -24,8 +24,9 @@ class _Section(BaseModel):
 class EngineSettings(_Section):
     """The policy's engine."""
 
-    # vllm: in this process's care. server: a running vLLM server at `url`.
-    kind: Literal["vllm", "server"] = "vllm"
+    # vllm: in this process's care. server: a running vLLM server at `url`. transformers: where
+    # vLLM is not installed; slower, and for free decoding alone.
+    kind: Literal["vllm", "server", "transformers"] = "vllm"
     url: str = "http://127.0.0.1:8000"
     # Sent to that server as a bearer token; none: it asks for none.
     api_key: str = Field("", repr=False)

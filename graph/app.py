@@ -14,7 +14,10 @@ from ..tools.workspace import Workspace
 if TYPE_CHECKING:
     from langgraph.graph.state import CompiledStateGraph
 
+    from ..settings import EngineSettings
     from .engine.base import Engine
+    from .engine.transformers_engine import TransformersEngine
+    from .engine.vllm_inprocess import VLLMEngine
     from .state import RunSettings
 
 
@@ -30,15 +33,35 @@ def load_engine(settings: Settings) -> Engine:
         return VLLMServerEngine(
             engine.url, tokenizer=settings.model, api_key=engine.api_key or None
         )
+    return local_engine(tuned_model(settings), engine)
+
+
+def local_engine(
+    model: str, settings: EngineSettings, *, max_model_len: int | None = None
+) -> VLLMEngine | TransformersEngine:
+    """Load a model in vLLM, or in transformers where the settings say so. Raises EngineError.
+
+    `max_model_len` takes the place of the settings'.
+    """
+    length = max_model_len or settings.max_model_len
+    if settings.kind == "transformers":
+        from .engine.transformers_engine import TransformersEngine
+
+        return TransformersEngine(
+            model,
+            max_model_len=length,
+            dtype=settings.dtype,
+            kv_cache_gib=settings.kv_cache_gib,
+        )
     from .engine.vllm_inprocess import VLLMEngine
 
     return VLLMEngine(
-        tuned_model(settings),
-        max_model_len=engine.max_model_len,
-        dtype=engine.dtype,
-        kv_cache_gib=engine.kv_cache_gib,
-        gpu_memory_utilization=engine.gpu_memory_utilization,
-        max_num_seqs=engine.max_num_seqs,
+        model,
+        max_model_len=length,
+        dtype=settings.dtype,
+        kv_cache_gib=settings.kv_cache_gib,
+        gpu_memory_utilization=settings.gpu_memory_utilization,
+        max_num_seqs=settings.max_num_seqs,
     )
 
 

@@ -10,8 +10,15 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
+from deeprec.graph.engine.tokenizer import load_tokenizer
 from deeprec.graph.engine.vllm_inprocess import VLLMEngine
 from deeprec.settings import load_settings
 from deeprec.tools.interactions import InteractionData, Item
@@ -85,3 +92,27 @@ def real_engine() -> Iterator[VLLMEngine]:
     )
     yield engine
     engine.close()
+
+
+@pytest.fixture(scope="session")
+def tiny_llm(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A causal LM of two layers with a head of its own, and the demo model's tokenizer."""
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer(load_settings().model_name)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        initializer_range=0.2,
+        tie_word_embeddings=False,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    folder = str(tmp_path_factory.mktemp("llm"))
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -9,6 +9,7 @@ A killed run goes on where its last checkpoint stands, with the same examples in
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from argparse import RawTextHelpFormatter
@@ -20,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from rich.console import Console
 
 from deeprec.errors import DeepRecError, SettingsError
+from deeprec.graph.app import local_engine
 from deeprec.graph.build import build_graph
 from deeprec.graph.engine.limits import check_model_folder
 from deeprec.graph.engine.tokenizer import load_tokenizer
@@ -27,6 +29,7 @@ from deeprec.graph.state import RunSettings
 from deeprec.settings import load_settings
 from deeprec.tools.progress import trm_progress
 from deeprec.tools.workspace import Workspace
+from deeprec.training.card import FIGURES, policy_card, quarters
 from deeprec.training.configuration import (
     LoRA,
     check_options,
@@ -42,6 +45,7 @@ from deeprec.training.selection import Selection, SelectionConfig
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from deeprec.graph.engine.transformers_engine import TransformersEngine
     from deeprec.graph.engine.vllm_inprocess import VLLMEngine
 
 _OURS = frozenset(
@@ -166,22 +170,20 @@ def run(config: GRPORun, console: Console) -> Path:
         ground = training_ground(base, progress=progress)
     selection = select_users(base, ground, config.selection)
     selection.save(config.output / "selection.json")
-    from deeprec.graph.engine.vllm_inprocess import VLLMEngine
-
-    with console.status("Loading the LLM in vLLM"):
-        engine = VLLMEngine(
-            model,
-            max_model_len=config.max_length,
-            dtype=settings.engine.dtype,
-            kv_cache_gib=settings.engine.kv_cache_gib,
-            gpu_memory_utilization=settings.engine.gpu_memory_utilization,
-            max_num_seqs=settings.engine.max_num_seqs,
-        )
+    with console.status("Loading the LLM"):
+        engine = local_engine(model, settings.engine, max_model_len=config.max_length)
     try:
         for stage in left:
             console.rule(f"Stage {stage.stage}: {stage.steps} steps", align="left")
             start = train_stage(config, stage, start, engine, tokenizer, base, ground, selection)
             console.print(f"Trained: {start}", soft_wrap=True)
+            history = json.loads((start.parent / "log.json").read_text("utf-8"))
+            for figure in FIGURES:
+                if found := quarters(history, figure):
+                    first, last = found
+                    console.print(
+                        f"  {figure:<16} first quarter {first:7.3f}, last quarter {last:7.3f}"
+                    )
     finally:
         engine.close()
         ground.retriever.close()
@@ -192,7 +194,7 @@ def train_stage(
     config: GRPORun,
     stage: StageRun,
     start: Path | None,
-    engine: VLLMEngine,
+    engine: VLLMEngine | TransformersEngine,
     tokenizer: PreTrainedTokenizerBase,
     base: Workspace,
     ground: Workspace,
@@ -201,7 +203,6 @@ def train_stage(
     """Train one stage from `start`, or from its own newest checkpoint; gives its `final`."""
     from datasets import Dataset
 
-    from deeprec.training.card import policy_card
     from deeprec.training.checkpoints import Sealer, newest_whole
     from deeprec.training.curves import draw
     from deeprec.training.policy import keep_run_settings, load_policy
@@ -299,6 +300,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--start", type=Path, help="instead of the file's start")
     parser.add_argument("--workspace", help="instead of the file's workspace")
     parser.add_argument("--seed", type=int, help="instead of the file's seed")
+    parser.add_argument(
+        "--shuffle-rewards",
+        action="store_true",
+        default=None,
+        help="the control run, which must not learn",
+    )
     given = vars(parser.parse_args(arguments))
     console = Console()
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")

@@ -69,7 +69,7 @@ class VLLMEngine(Engine):
         except ImportError as error:
             raise EngineError(
                 f"vLLM can't be imported ({error}). Install deeprec-agent[gpu] on an NVIDIA "
-                "machine or deeprec-agent[cpu] elsewhere."
+                "machine or deeprec-agent[cpu] elsewhere; or set DEEPREC_ENGINE__KIND=transformers."
             ) from error
         self._on_cpu = current_platform.is_cpu()
         if self._on_cpu:

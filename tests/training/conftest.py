@@ -4,12 +4,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from deeprec.graph.engine.tokenizer import load_tokenizer
 from deeprec.graph.engine.vllm_inprocess import VLLMEngine
-from deeprec.settings import load_settings
 from deeprec.tools.retriever import RetrievalRequest, Retriever
 from deeprec.training.trajectories import Trajectory
 
@@ -33,30 +29,6 @@ def make_run(run_graph: RunGraph) -> MakeRun:
         )
 
     return make
-
-
-@pytest.fixture(scope="session")
-def tiny_llm(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A causal LM of two layers with a head of its own, and the demo model's tokenizer."""
-    torch.manual_seed(0)
-    tokenizer = load_tokenizer(load_settings().model_name)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=4096,
-        initializer_range=0.2,
-        tie_word_embeddings=False,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    folder = str(tmp_path_factory.mktemp("llm"))
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
