@@ -7,34 +7,40 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.text import Text
 
 from .errors import DeepRecError
-from .graph.app import load_engine, load_graph
+from .graph.app import load_engine, load_graph, run_settings
 from .graph.display import history_lines, recommendation_table, summary_line, turn_lines
-from .graph.requests import parse_request, parse_settings
+from .graph.requests import parse_request
 from .graph.state import RecommendationResponse, Turn
 from .tools.assets import ensure_assets
 from .tools.progress import counted, trm_progress
 from .tools.retriever import RetrievalRequest
 from .tools.workspace import Workspace
 
+SHIPPED_ADAPTER = Path(__file__).parent / "training" / "adapters" / "warm_start_ml100k"
+"""Teaches the demo's LLM the protocol: its runs need no grammar."""
+
 _SETTINGS = {
     "retrieve_n": 8,
     "temperature": 0.7,
     "thought_tokens": 32,
-    "limits": {"max_retrievals": 3},
+    "limits": {"max_retrievals": 4},
 }
 
 
 def run_demo(workspace: Workspace, console: Console, *, users: int, seed: int) -> None:
     """Prepare what is missing, then recommend for the first `users` test users.
 
+    The demo's own LLM comes with the shipped adapter; another LLM is guided by a grammar.
     Raises DeepRecError where a step can't be done.
     """
+    workspace = _with_adapter(workspace)
     with ThreadPoolExecutor(max_workers=1) as beside:
         # With nothing to train, the LLM can load while the other parts do.
         early = workspace.is_complete()
@@ -42,18 +48,30 @@ def run_demo(workspace: Workspace, console: Console, *, users: int, seed: int) -
         set_up(workspace, console)
         with console.status("Loading the LLM in vLLM (about a minute on a CPU)"):
             engine = loading.result() if loading else load_engine(workspace.settings)
-    settings = parse_settings(**_SETTINGS, seed=seed)
+    settings = run_settings(workspace.settings, _SETTINGS, seed=seed)
     graph = load_graph(workspace, settings, hold_out=True, engine=engine)
     split = workspace.split
     data = workspace.data
     tested = [user for user in range(len(data.user_ids)) if split.test[user] >= 0][:users]
     console.print(
         f"\n[bold]4. The agent recommends for {len(tested)} test users[/bold] "
-        "(their last item is held out; the LLM is small and untuned, so its searches are kept "
-        "valid by a grammar)"
+        "(their last item is held out; "
+        + (
+            "the LLM was shown how to search and rank, and writes everything by itself)"
+            if settings.decoding == "free"
+            else "the LLM is untuned, so its searches and its list are kept valid by a grammar)"
+        )
     )
     asyncio.run(_show(graph, workspace, console, tested))
     _what_next(workspace, console)
+
+
+def _with_adapter(workspace: Workspace) -> Workspace:
+    settings = workspace.settings
+    own = settings.model is None and settings.engine.kind != "server"
+    if not own or settings.adapter is not None:
+        return workspace
+    return Workspace(settings.model_copy(update={"adapter": SHIPPED_ADAPTER}))
 
 
 def set_up(workspace: Workspace, console: Console) -> None:

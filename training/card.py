@@ -11,6 +11,8 @@ from typing import Any
 FIGURES = ("loss", "reward/total", "format/strict", "run/retrievals", "reward/hit")
 """What the card tells of a run's log: each figure's mean over the first and the last quarter."""
 
+_TOLD = ("answer_form", "retrieve_n", "history_length")
+
 
 def quarters(history: Sequence[Mapping[str, Any]], key: str) -> tuple[float, float] | None:
     """Mean of a logged figure over the first and the last quarter of the rows that hold it.
@@ -41,7 +43,7 @@ def policy_card(
     rows = [(figure, found) for figure in FIGURES if (found := quarters(history, figure))]
     table = "\n".join(f"| {figure} | {first:.3f} | {last:.3f} |" for figure, (first, last) in rows)
     run = config.get("run", {})
-    told = ", ".join(f"{key} {run[key]}" for key in ("answer_form", "retrieve_n", "history_length"))
+    told = ", ".join(f"{key.replace('_', ' ')} {run[key]}" for key in _TOLD if key in run)
     return f"""---
 base_model: {name}
 library_name: {"peft" if adapter else "transformers"}
@@ -50,12 +52,13 @@ tags: [recommendation, agents, lora, deeprec]
 # {name}, taught to search a catalog and rank ({stage}, {data})
 
 {"A LoRA adapter" if adapter else "A model"} for DeepRec's loop: it reasons over a user's history,
-searches a recommendation model by preferences in words, and ranks what it found. It writes the
-protocol by itself (`--decoding free`); it was trained with {told}.
+searches a recommendation model by preferences in words, and ranks what it found. It writes all of
+that by itself, without a grammar. It was trained with {told},
+and is served so unless told otherwise.
 
 ```bash
 export {"DEEPREC_ADAPTER" if adapter else "DEEPREC_MODEL"}=this/folder
-deeprec recommend --user 1 --decoding free
+deeprec recommend --user 1
 ```
 
 ## Training

@@ -62,6 +62,8 @@ def export(final: Path, to: Path, base: str) -> Path:
             if (final.parent / name).is_file():
                 shutil.copyfile(final.parent / name, beside / name)
         beside.chmod(0o755)
+        for path in beside.iterdir():
+            path.chmod(0o644)
         os.replace(beside, to)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)

@@ -193,8 +193,7 @@ def main(
     ] = None,
     retrieve_n: Annotated[int | None, typer.Option(help="Items that one search returns.")] = None,
     history_length: Annotated[int | None, typer.Option(help="History that the LLM reads.")] = None,
-    min_retrievals: Annotated[int, typer.Option(min=0, help="Searches before it may stop.")] = 2,
-    max_retrievals: Annotated[int, typer.Option(min=1, help="Most searches.")] = 4,
+    max_retrievals: Annotated[int | None, typer.Option(help="Most searches of a run.")] = None,
 ) -> None:
     """Run the benchmark on the workspace of the settings.
 
@@ -212,7 +211,7 @@ def main(
         retrieve_n=retrieve_n,
         history_length=history_length,
         seed=0,
-        limits={"min_retrievals": min_retrievals, "max_retrievals": max_retrievals},
+        limits={} if max_retrievals is None else {"max_retrievals": max_retrievals},
     )
     with console.status("Loading"):
         graph = load_graph(workspace, settings, hold_out=True)
@@ -240,6 +239,7 @@ def main(
             "python": platform.python_version(),
         },
         "model": workspace.settings.model_name.rpartition("/")[2],
+        "adapter": workspace.settings.adapter and _two_names(workspace.settings.adapter),
         "settings": settings.model_dump(mode="json"),
         "concurrency": concurrency,
         "figures": figures,
@@ -270,6 +270,11 @@ def _alone(
     ]
     found = workspace.retriever.retrieve(requests)
     return {user: [item.id for item in items] for user, items in zip(targets, found, strict=True)}
+
+
+def _two_names(folder: Path) -> str:
+    """Last two names of an adapter's folder: the last alone is mostly `final`."""
+    return "/".join(folder.resolve().parts[-2:])
 
 
 def _shown(value: object) -> str:

@@ -6,13 +6,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
+from transformers import AutoModelForCausalLM
 
 from deeprec import cli, demo
 from deeprec.errors import RequestError
 from deeprec.evals.bench import agent
 from deeprec.graph import app
-from deeprec.graph.engine.base import Engine
+from deeprec.graph.engine.adapter import merged_model
+from deeprec.graph.engine.vllm_inprocess import VLLMEngine
 from deeprec.settings import load_settings
 from deeprec.tools.interactions import InteractionData
 from deeprec.tools.trm.config import DeepRecConfig, FitConfig
@@ -25,7 +28,7 @@ pytestmark = pytest.mark.engine
 def workspace(
     tiny_data: InteractionData,
     tiny_encoder_folder: Path,
-    real_engine: Engine,
+    real_engine: VLLMEngine,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Workspace]:
@@ -46,13 +49,46 @@ def workspace(
     place.catalog.close()
 
 
-def test_demo_tells_every_turn_and_the_list(workspace: Workspace) -> None:
+def test_demo_tells_every_turn_and_the_list(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of an LLM without an adapter, in guided runs."""
+    monkeypatch.setenv("DEEPREC_MODEL", workspace.settings.model_name)
+    workspace = Workspace(load_settings())
     console = Console(record=True, width=200)
     demo.run_demo(workspace, console, users=1, seed=0)
     told = console.export_text()
     for part in ("Turn 1", "preference", "retrieved", "Recommendation", "guided", "Held out: Film"):
         assert part in told
     assert "What to try next" in told
+
+
+@pytest.fixture
+def tuned(real_engine: VLLMEngine, tmp_path: Path) -> Iterator[None]:
+    """The shipped adapter's weights in the engine."""
+    own = AutoModelForCausalLM.from_pretrained(real_engine.name, dtype=torch.float32)
+    folder = merged_model(
+        real_engine.name, demo.SHIPPED_ADAPTER, tmp_path / "merged", dtype="float32"
+    )
+    merged = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    real_engine.load_weights(dict(merged.named_parameters()))
+    yield
+    real_engine.load_weights(dict(own.named_parameters()))
+
+
+def test_demo_with_the_shipped_adapter_writes_everything_itself(
+    workspace: Workspace, tuned: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a catalog that it has never seen."""
+    users = 4
+    monkeypatch.setitem(demo._SETTINGS, "k", 5)
+    console = Console(record=True, width=200)
+    demo.run_demo(workspace, console, users=users, seed=0)
+    told = console.export_text()
+    assert "writes everything by itself" in told
+    assert told.count("anything") >= users - 1  # the first search of each
+    assert told.count("ended: answered") >= users - 1
+    assert told.count("policy") >= 5 * (users - 1)
 
 
 def test_demo_tells_an_error_in_words(
@@ -89,7 +125,7 @@ def test_the_servers_graph_is_loaded_once(workspace: Workspace) -> None:
 
 
 def test_bench_writes_its_figures(workspace: Workspace) -> None:
-    agent.main(users=2, concurrency=2, min_retrievals=2, max_retrievals=2)
+    agent.main(users=2, concurrency=2, max_retrievals=2)
     report = json.loads((workspace.folder / "bench" / "agent-guided.json").read_text())
     assert report["figures"]["users"] == 2
     assert report["figures"]["valid_lists"] == 1

@@ -41,7 +41,7 @@ def test_the_card_tells_what_was_logged_and_how_to_use_it(tmp_path: Path) -> Non
     assert card.startswith("---\nbase_model: Small-LLM\n")
     assert "| loss | 1.500 | 7.500 |" in card
     assert "reward/hit" not in card
-    assert "retrieve_n 7" in card
+    assert "retrieve n 7" in card
     assert "DEEPREC_ADAPTER=" in card
     assert '"seed": 3' in card
     assert str(tmp_path) not in card
