@@ -38,7 +38,7 @@ studio: $(VENV)/.installed-server ## LangGraph's server with Studio on 127.0.0.1
 	LANGSMITH_TRACING=false LANGGRAPH_CLI_NO_ANALYTICS=1 $(BIN)/langgraph dev --host 127.0.0.1 --port $(PORT) --no-browser
 
 bench: $(VENV)/.installed ## guided runs over 100 test users: validity and speed
-	$(BIN)/python -m deeprec.evals.bench.agent --users 100
+	$(BIN)/python -m deeprec.evals.bench.agent --users 100 --max-retrievals 4
 
 train-smoke: $(VENV)/.installed-dev ## after make demo: a short run of GRPO from the shipped warm start, with SEED
 	$(BIN)/python training/run_grpo.py --config training/configs/smoke_ml100k.yaml --seed $(SEED) --output runs/smoke-$(SEED)

@@ -52,6 +52,7 @@ def local_engine(
             max_model_len=length,
             dtype=settings.dtype,
             kv_cache_gib=settings.kv_cache_gib,
+            max_num_seqs=settings.max_num_seqs,
         )
     from .engine.vllm_inprocess import VLLMEngine
 

@@ -40,7 +40,8 @@ class TransformersEngine(Engine):
         model: hub name or local folder of a causal LM with its tokenizer.
         max_model_len: the most tokens of one trajectory, prompt included.
         dtype: weights and activations: "auto", "bfloat16" or "float32" (limits.cpu_dtype).
-        kv_cache_gib: memory of the KV cache.
+        kv_cache_gib: memory of the KV cache at most.
+        max_num_seqs: sequences decoded at the same time; the cache holds no more than they need.
         seed: of sampling; none draws anew in each process.
 
     Raises:
@@ -55,6 +56,7 @@ class TransformersEngine(Engine):
         max_model_len: int = 4096,
         dtype: str = "auto",
         kv_cache_gib: int = 2,
+        max_num_seqs: int = 64,
         seed: int | None = None,
     ) -> None:
         import torch
@@ -71,6 +73,7 @@ class TransformersEngine(Engine):
         self.name = model
         self.max_model_len = max_model_len
         self._kv_cache_gib = kv_cache_gib
+        self._max_num_seqs = max_num_seqs
         self._seed = seed
         self._ids = itertools.count()
         self._model = AutoModelForCausalLM.from_pretrained(
@@ -87,6 +90,8 @@ class TransformersEngine(Engine):
         config = self._model.config
         values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
         page_bytes = values * _PAGE * self._model.dtype.itemsize
+        # Each step's buffers grow with the cache, so it is no larger than can be used.
+        needed = self._max_num_seqs * (self.max_model_len // _PAGE + 1)
         self._manager = self._model.init_continuous_batching(
             # Processors exist only where these differ from 1; each request brings its own values.
             generation_config=GenerationConfig(
@@ -98,7 +103,8 @@ class TransformersEngine(Engine):
             ),
             continuous_batching_config=ContinuousBatchingConfig(
                 page_size=_PAGE,
-                num_blocks=self._kv_cache_gib * 2**30 // page_bytes,
+                num_blocks=min(needed, self._kv_cache_gib * 2**30 // page_bytes),
+                max_requests_per_batch=self._max_num_seqs,
                 max_batch_tokens=max(_BATCH_TOKENS, self.max_model_len),
                 return_logprobs=True,
                 per_request_processors=True,

@@ -17,7 +17,7 @@ from deeprec.graph.engine.transformers_engine import TransformersEngine
 @pytest.fixture(scope="module")
 def engine(tiny_llm: str) -> Iterator[TransformersEngine]:
     engine = TransformersEngine(
-        tiny_llm, max_model_len=512, dtype="float32", kv_cache_gib=1, seed=0
+        tiny_llm, max_model_len=512, dtype="float32", kv_cache_gib=1, max_num_seqs=8, seed=0
     )
     yield engine
     engine.close()
@@ -139,7 +139,7 @@ def test_an_engine_that_is_not_closed_does_not_hold_up_the_interpreter(tiny_llm:
     code = (
         "import sys\n"
         "from deeprec.graph.engine.transformers_engine import TransformersEngine\n"
-        "TransformersEngine(sys.argv[1], max_model_len=64, kv_cache_gib=1)\n"
+        "TransformersEngine(sys.argv[1], max_model_len=64, kv_cache_gib=1, max_num_seqs=2)\n"
     )
     done = subprocess.run([sys.executable, "-c", code, tiny_llm], timeout=120, check=False)
     assert done.returncode == 0
