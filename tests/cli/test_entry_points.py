@@ -102,8 +102,8 @@ def test_demo_tells_an_error_in_words(
 def test_recommend_prints_json(
     workspace: Workspace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["deeprec", "recommend", "Film 3", "Film 4", "-k", "3", "--json", "--time-budget", "10"]
-    monkeypatch.setattr("sys.argv", command)
+    request = ["recommend", "Film 3", "Film 4", "-k", "3", "--json", "--time-budget", "10"]
+    monkeypatch.setattr("sys.argv", ["deeprec", *request])
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 0
