@@ -207,11 +207,16 @@ def _rank_alone(workspace: Workspace, user: int, target: str) -> int:
 
 def _what_next(workspace: Workspace, console: Console) -> None:
     console.rule("What to try next", align="left")
+    adapter = workspace.settings.adapter
+    served = (
+        f"  export DEEPREC_ADAPTER={adapter}    # for the LLM as shown above\n" if adapter else ""
+    )
     console.print(
         '  .venv/bin/deeprec recommend "Toy Story" "Babe" "Aladdin" --trace\n'
         '  .venv/bin/deeprec recommend --user 1 --filters \'{"genres": ["Comedy"]}\' --json\n'
         "  make studio     # watch the loop in LangGraph Studio\n"
         "  make bench      # 100 test users: validity and speed\n"
+        f"{served}"
         f"  rm -r {workspace.settings.home}    # forget everything that the demo made",
         highlight=False,
         markup=False,
