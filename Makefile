@@ -15,7 +15,7 @@ TORCH_CPU := https://download.pytorch.org/whl/cpu
 # Where this is set, every start would compile all that it imports anew (half a minute here).
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test lint format studio bench train-smoke install clean
+.PHONY: demo test test-slow lint format studio bench train-smoke install clean
 
 demo: $(VENV)/.installed ## set up, train the TRM, and watch the agent recommend for three users
 	$(BIN)/deeprec demo
@@ -23,6 +23,10 @@ demo: $(VENV)/.installed ## set up, train the TRM, and watch the agent recommend
 test: lint $(VENV)/.installed-dev ## lint, types and all tests; no GPU or model hub needed
 	$(BIN)/deeprec assets
 	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.installed-dev ## the tests that start engines of their own, left out of make test
+	$(BIN)/deeprec assets
+	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.installed-dev ## style, types and the floors of the design
 	$(BIN)/ruff check .

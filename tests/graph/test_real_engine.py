@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from deeprec.graph.build import build_graph
 from deeprec.graph.engine.base import Constraint, Engine, Generation, GenerationRequest
 from deeprec.graph.engine.vllm_inprocess import VLLMEngine
 from deeprec.graph.engine.vllm_server import VLLMServerEngine
+from deeprec.graph.engine.weight_sync import SyncWorker, _end_with
 from deeprec.graph.state import RecommendationResponse, RunSettings
 from deeprec.graph.transcript import Transcript, segment_ids
 from deeprec.settings import load_settings
@@ -28,6 +30,7 @@ from deeprec.tools.retriever import Retriever
 pytestmark = pytest.mark.engine
 
 SAMPLED = ("policy", "guided")
+_SLEEP = "import time; time.sleep(60)"
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +140,7 @@ def test_guided_runs_end_with_a_valid_grounded_list(
 ) -> None:
     with ThreadPoolExecutor() as pool:
         states = pool.map(
-            lambda user: run(real_engine, retriever, user, answer_form=answer_form), (0, 11, 22, 33)
+            lambda user: run(real_engine, retriever, user, answer_form=answer_form), (0, 22)
         )
     for state in states:
         response = RecommendationResponse.model_validate(
@@ -227,6 +230,42 @@ def test_time_budget_cuts_a_generation(real_engine: Engine, retriever: Retriever
     assert state["usage"]["seconds"] < 6
 
 
+def test_the_worker_ends_with_the_process_that_it_watches() -> None:
+    """The same in little: an engine needs a minute to start."""
+    owner, victim = (subprocess.Popen([sys.executable, "-c", _SLEEP]) for _ in range(2))
+    watch = ThreadPoolExecutor(max_workers=1)
+    ended = watch.submit(_end_with, owner.pid, [victim.pid])
+    try:
+        time.sleep(0.5)
+        assert victim.poll() is None
+        owner.kill()
+        owner.wait(10)
+        assert victim.wait(10) == -signal.SIGKILL
+        ended.result(10)
+    finally:
+        owner.kill()
+        victim.kill()
+        watch.shutdown()
+
+
+def test_the_engine_has_its_worker_watch_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    asked = []
+
+    class Started:
+        async def collective_rpc(self, method: str, args: tuple[int]) -> None:
+            asked.append((method, args))
+
+        def shutdown(self) -> None:
+            pass
+
+    monkeypatch.setattr(AsyncLLM, "from_engine_args", lambda _: Started())
+    VLLMEngine(load_settings().model_name, max_model_len=1024, kv_cache_gib=1).close()
+    assert asked == [("deeprec_watch", (os.getpid(),))]
+    assert callable(getattr(SyncWorker, asked[0][0]))
+
+
 def test_starting_blocks_no_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     """LangGraph's server raises BlockingError at it."""
     from vllm.v1.engine.async_llm import AsyncLLM
@@ -251,6 +290,7 @@ def test_starting_blocks_no_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == ["apart"]
 
 
+@pytest.mark.slow
 def test_a_killed_owner_leaves_no_process_behind(tmp_path: Path) -> None:
     code = (
         "import time\n"
