@@ -6,11 +6,21 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from .configuration import write_json, write_text
+from .curves import draw
+from .policy import keep_run_settings
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+
+    from ..graph.state import RunSettings
 
 FIGURES = ("loss", "reward/total", "format/strict", "run/retrievals", "reward/hit")
 """What the card tells of a run's log: each figure's mean over the first and the last quarter."""
 
+_OF_THIS_MACHINE = {"output", "start", "model"}
 _TOLD = ("answer_form", "retrieve_n", "history_length")
 
 
@@ -23,6 +33,42 @@ def quarters(history: Sequence[Mapping[str, Any]], key: str) -> tuple[float, flo
     values = [float(row[key]) for row in history if key in row]
     quarter = len(values) // 4
     return (mean(values[:quarter]), mean(values[-quarter:])) if quarter else None
+
+
+def leave_results(
+    trainer: Any,
+    folder: Path,
+    config: BaseModel,
+    *,
+    run: RunSettings,
+    base: str,
+    stage: str,
+    data: str,
+    adapter: bool,
+    title: str,
+) -> Path:
+    """Write what a finished run leaves in its folder: log.json, curves.png, and `final` with the
+    weights, their card and the run settings. Gives `final`.
+
+    `config` is the run's configuration, the other keywords are those of `policy_card` and `draw`.
+    Raises SettingsError.
+    """
+    final = folder / "final"
+    trainer.save_model(str(final))
+    history = trainer.state.log_history
+    write_json(folder / "log.json", history)
+    draw(history, folder / "curves.png", title=title)
+    card = policy_card(
+        base=base,
+        stage=stage,
+        data=data,
+        adapter=adapter,
+        config=config.model_dump(mode="json", exclude=_OF_THIS_MACHINE),
+        history=history,
+    )
+    write_text(final / "README.md", card)
+    keep_run_settings(run, final)
+    return final
 
 
 def policy_card(

@@ -43,7 +43,7 @@ def draw(history: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> Non
     rows = math.ceil(len(panels) / _COLUMNS)
     figure = Figure(figsize=(4 * _COLUMNS, 3.5 * rows), layout="constrained")
     places = figure.subplots(rows, _COLUMNS, squeeze=False).flat
-    for axes, (name, lines) in zip(places, panels.items(), strict=False):
+    for (name, lines), axes in zip(panels.items(), places, strict=False):
         for key, points in lines.items():
             axes.plot(*zip(*points, strict=True), label=key, linewidth=1.2)
         axes.set_title(name)

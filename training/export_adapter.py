@@ -21,12 +21,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from deeprec.errors import DeepRecError, SettingsError
-from deeprec.graph.engine.adapter import RUN_SETTINGS
+from deeprec.graph.engine.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_SETTINGS
 from deeprec.training.configuration import write_json, write_text
 
-_WEIGHTS = "adapter_model.safetensors"
-_CONFIG, _CARD = "adapter_config.json", "README.md"
-_NEEDED = (_WEIGHTS, _CONFIG, _CARD, RUN_SETTINGS)
+_CARD = "README.md"
+_NEEDED = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, _CARD, RUN_SETTINGS)
 _BASE_LINE = re.compile("^base_model: .*$", re.MULTILINE)
 _BESIDE = ("curves.png", "log.json")  # of the run, in the folder above
 
@@ -47,15 +46,15 @@ def export(final: Path, to: Path, base: str) -> Path:
     to.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(dir=to.parent, prefix=f".{to.name}-"))
     try:
-        weights = load_file(final / _WEIGHTS)
+        weights = load_file(final / ADAPTER_WEIGHTS)
         save_file(
             {name: weight.to(torch.bfloat16) for name, weight in weights.items()},
-            beside / _WEIGHTS,
+            beside / ADAPTER_WEIGHTS,
             metadata={"format": "pt"},
         )
         shutil.copyfile(final / RUN_SETTINGS, beside / RUN_SETTINGS)
-        config = json.loads((final / _CONFIG).read_text("utf-8"))
-        write_json(beside / _CONFIG, {**config, "base_model_name_or_path": base})
+        config = json.loads((final / ADAPTER_CONFIG).read_text("utf-8"))
+        write_json(beside / ADAPTER_CONFIG, {**config, "base_model_name_or_path": base})
         card = (final / _CARD).read_text("utf-8")
         write_text(beside / _CARD, _BASE_LINE.sub(f"base_model: {base}", card, count=1))
         for name in _BESIDE:
@@ -83,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DeepRecError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    size = (folder / _WEIGHTS).stat().st_size / 2**20
+    size = (folder / ADAPTER_WEIGHTS).stat().st_size / 2**20
     print(f"{folder}: {size:.1f} MiB of weights")
     return 0
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import SettingsError
-from ..graph.engine.adapter import RUN_SETTINGS
+from ..graph.engine.adapter import ADAPTER_CONFIG, RUN_SETTINGS
 from .configuration import LoRA, write_json
 
 if TYPE_CHECKING:
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
     from ..graph.state import RunSettings
 
-_ADAPTER = "adapter_config.json"
 _TRAINED_WITH = {"answer_form", "retrieve_n", "history_length", "list_attributes"}
 
 
@@ -32,7 +31,7 @@ def load_policy(base: str, start: Path | None, lora: LoRA | None) -> PreTrainedM
     from peft import PeftModel, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    adapter = start is not None and (start / _ADAPTER).is_file()
+    adapter = start is not None and (start / ADAPTER_CONFIG).is_file()
     if start is not None and not adapter and not (start / "config.json").is_file():
         raise SettingsError(
             f"{start} holds neither an adapter nor a model: give the `final` folder of a run"

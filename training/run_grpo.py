@@ -29,14 +29,13 @@ from deeprec.graph.state import RunSettings
 from deeprec.settings import load_settings
 from deeprec.tools.progress import trm_progress
 from deeprec.tools.workspace import Workspace
-from deeprec.training.card import FIGURES, policy_card, quarters
+from deeprec.training.card import FIGURES, leave_results, quarters
 from deeprec.training.configuration import (
     LoRA,
     check_options,
     keep_config,
     load_config,
     write_json,
-    write_text,
 )
 from deeprec.training.ground import TARGETS_PER_USER, select_users, training_ground
 from deeprec.training.rewards import RewardConfig, Rewarder, Rules, Stage
@@ -204,8 +203,7 @@ def train_stage(
     from datasets import Dataset
 
     from deeprec.training.checkpoints import Sealer, newest_whole
-    from deeprec.training.curves import draw
-    from deeprec.training.policy import keep_run_settings, load_policy
+    from deeprec.training.policy import load_policy
     from deeprec.training.rollout import Plan, Rollouts
     from deeprec.training.trainer import Trainer
 
@@ -240,21 +238,17 @@ def train_stage(
     checkpoint = newest_whole(folder)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     rollouts.close()
-    final = folder / "final"
-    trainer.save_model(str(final))
-    history = trainer.state.log_history
-    write_json(folder / "log.json", history)
-    draw(history, folder / "curves.png", title=f"{stage.stage}, {stage.steps} steps")
-    card = policy_card(
+    final = leave_results(
+        trainer,
+        folder,
+        config,
+        run=config.run,
         base=engine.name,
         stage=stage.stage,
         data=base.data.name,
         adapter=config.lora is not None,
-        config=config.model_dump(mode="json", exclude={"output", "start", "model"}),
-        history=history,
+        title=f"{stage.stage}, {stage.steps} steps",
     )
-    write_text(final / "README.md", card)
-    keep_run_settings(config.run, final)
     write_json(final / "finished.json", {"stage": stage.stage, "steps": stage.steps})
     return final
 

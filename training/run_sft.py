@@ -27,19 +27,16 @@ from deeprec.graph.state import RunSettings
 from deeprec.settings import load_settings
 from deeprec.tools.progress import trm_progress
 from deeprec.tools.workspace import Workspace
-from deeprec.training.card import policy_card
+from deeprec.training.card import leave_results
 from deeprec.training.configuration import (
     LoRA,
     check_options,
     keep_config,
     load_config,
-    write_json,
-    write_text,
 )
-from deeprec.training.curves import draw
 from deeprec.training.demonstrations import DemonstrationConfig, Demonstrator, demonstrate
 from deeprec.training.ground import TARGETS_PER_USER, select_users, training_ground
-from deeprec.training.policy import keep_run_settings, load_policy
+from deeprec.training.policy import load_policy
 from deeprec.training.selection import SelectionConfig
 from deeprec.training.trajectory_file import iter_trajectories, write_part
 
@@ -101,22 +98,17 @@ def run(config: SFTRun, console: Console) -> Path:
         processing_class=tokenizer,
     )
     trainer.train(resume_from_checkpoint=_checkpoint(config.output))
-    final = config.output / "final"
-    trainer.save_model(str(final))
-    history = trainer.state.log_history
-    write_json(config.output / "log.json", history)
-    draw(history, config.output / "curves.png", title=f"warm start, {len(shown)} demonstrations")
-    card = policy_card(
+    return leave_results(
+        trainer,
+        config.output,
+        config,
+        run=config.run,
         base=model,
         stage=STAGE,
         data=base.data.name,
         adapter=config.lora is not None,
-        config=config.model_dump(mode="json", exclude={"output", "model"}),
-        history=history,
+        title=f"warm start, {len(shown)} demonstrations",
     )
-    write_text(final / "README.md", card)
-    keep_run_settings(config.run, final)
-    return final
 
 
 def dataset(runs: Sequence[Trajectory]) -> Dataset:

@@ -145,8 +145,6 @@ async def run_users(
 ) -> dict[str, RecommendationResponse]:
     """Recommend for every user, at most `concurrency` at the same time."""
     gate = asyncio.Semaphore(concurrency)
-    started = time.monotonic()
-    done: list[str] = []
     with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console) as bars:
         task = bars.add_task("Users", total=len(users))
 
@@ -158,10 +156,10 @@ async def run_users(
                 except RequestError as error:
                     response = _unanswered(str(error))
             bars.advance(task)
-            done.append(user)
-            if not console.is_terminal and len(done) % _TOLD_EVERY == 0:
-                minutes = (time.monotonic() - started) / 60
-                console.print(f"{len(done)} of {len(users)} users, {minutes:.1f} minutes")
+            state = bars.tasks[0]
+            if not console.is_terminal and state.completed % _TOLD_EVERY == 0:
+                minutes = (state.elapsed or 0) / 60
+                console.print(f"{state.completed:.0f} of {len(users)} users, {minutes:.1f} minutes")
             return response
 
         answers = await asyncio.gather(*(one(user) for user in users))

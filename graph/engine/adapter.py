@@ -19,7 +19,10 @@ from .tokenizer import load_tokenizer
 RUN_SETTINGS = "run_settings.json"
 """What of RunSettings an LLM was trained with, beside its weights."""
 
-_FILES = ("adapter_config.json", "adapter_model.safetensors")
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+"""What peft calls the files of an adapter."""
+
+_ADAPTER_FILES = (ADAPTER_CONFIG, ADAPTER_WEIGHTS)
 
 
 def trained_settings(folder: Path) -> dict[str, Any]:
@@ -52,7 +55,7 @@ def merged_model(base: str, adapter: Path, cache: Path, *, dtype: str = "auto") 
     Raises EngineError: no such adapter, or one of another model.
 
     """
-    missing = [name for name in _FILES if not (adapter / name).is_file()]
+    missing = [name for name in _ADAPTER_FILES if not (adapter / name).is_file()]
     if missing:
         raise EngineError(
             f"{adapter} is no adapter: it lacks {', '.join(missing)}. Give the `final` folder of a "
@@ -61,7 +64,7 @@ def merged_model(base: str, adapter: Path, cache: Path, *, dtype: str = "auto") 
     check_model_folder(base)
     exact = dtype == "float32"
     digest = hashlib.sha256(f"{base} {exact}".encode())
-    for name in _FILES:
+    for name in _ADAPTER_FILES:
         digest.update((adapter / name).read_bytes())
     folder = cache / f"{adapter.resolve().parent.name}-{digest.hexdigest()[:16]}"
     if folder.exists():

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ...errors import EngineError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 # Spells guided text in the tokenizer's own way, in a third fewer tokens than xgrammar (docs).
 GRAMMAR_BACKEND = "guidance"
@@ -50,6 +54,14 @@ def cpu_dtype(dtype: str) -> str:
     return "auto" if native else "float32"
 
 
+def kv_token_bytes(config: PreTrainedConfig, value_bytes: int) -> int:
+    """Bytes of one token's keys and values, in all layers of a text model's configuration."""
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return int(2 * config.num_hidden_layers * kv_heads * head_dim * value_bytes)
+
+
 def check_kv_cache(model: str, *, max_model_len: int, kv_cache_gib: int, dtype: str) -> None:
     """Refuse on a CPU what vLLM would only refuse after loading. Raises EngineError.
 
@@ -69,11 +81,7 @@ def check_kv_cache(model: str, *, max_model_len: int, kv_cache_gib: int, dtype: 
             f"max_model_len {max_model_len} is beyond the {limit} positions of {model!r}: "
             "lower DEEPREC_ENGINE__MAX_MODEL_LEN"
         )
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    value_bytes = 4 if dtype == "float32" else 2
-    needed = 2 * config.num_hidden_layers * kv_heads * head_dim * value_bytes * max_model_len
+    needed = kv_token_bytes(config, 4 if dtype == "float32" else 2) * max_model_len
     if needed > kv_cache_gib * _GIB:
         raise EngineError(
             f"{max_model_len} tokens need {needed / _GIB:.2f} GiB of KV cache and "

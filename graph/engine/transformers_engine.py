@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...errors import EngineError
 from .base import Engine, Finish, Generation, GenerationRequest, LoopThread
-from .limits import check_kv_cache, check_model_folder, cpu_dtype
+from .limits import check_kv_cache, check_model_folder, cpu_dtype, kv_token_bytes
 from .tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -87,9 +87,8 @@ class TransformersEngine(Engine):
     def _start(self) -> None:
         from transformers import ContinuousBatchingConfig, GenerationConfig
 
-        config = self._model.config
-        values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-        page_bytes = values * _PAGE * self._model.dtype.itemsize
+        config = self._model.config.get_text_config()
+        page_bytes = kv_token_bytes(config, self._model.dtype.itemsize) * _PAGE
         # Each step's buffers grow with the cache, so it is no larger than can be used.
         needed = self._max_num_seqs * (self.max_model_len // _PAGE + 1)
         self._manager = self._model.init_continuous_batching(
@@ -213,17 +212,17 @@ class _Stream:
         ids = output.generated_tokens
         while self._seen < len(ids):
             self._seen += 1
-            if stop := self._stop_string(ids[: self._seen]):
+            if stop := self._stop_string(ids[max(0, self._seen - self._tail) : self._seen]):
                 self._finish(output, "stop", stop)
                 return
         if output.is_finished():
             ended = ids[-1] == self._tokenizer.eos_token_id
             self._finish(output, "eos" if ended else "length", None)
 
-    def _stop_string(self, ids: list[int]) -> str | None:
+    def _stop_string(self, tail: list[int]) -> str | None:
         if not self._request.stop:
             return None
-        text = self._tokenizer.decode(ids[-self._tail :])
+        text = self._tokenizer.decode(tail)
         return next((stop for stop in self._request.stop if stop in text), None)
 
     def _finish(self, output: GenerationOutput, finish: Finish, stop: str | None) -> None:

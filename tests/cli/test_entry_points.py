@@ -88,6 +88,7 @@ def test_demo_with_the_shipped_adapter_writes_everything_itself(
     told = console.export_text()
     assert "writes everything by itself" in told
     assert told.count("preference  anything") == users  # the first search of each
+    assert told.count("ended: answered") >= users - 1
     assert told.count("policy") >= 5 * users - 1
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import PreTrainedModel
 
 from deeprec.errors import EngineError
 from deeprec.graph.build import build_graph
@@ -132,3 +134,11 @@ def run_graph(retriever: Retriever) -> RunGraph:
         return Run(state, engine)
 
     return run
+
+
+def logprob_gap(model: PreTrainedModel, prompt: list[int], said: Generation) -> float:
+    """Largest difference between an engine's logprobs and those of one forward pass."""
+    with torch.no_grad():
+        logits = model(torch.tensor([[*prompt, *said.ids]])).logits[0, len(prompt) - 1 : -1]
+    own = logits.log_softmax(-1).gather(1, torch.tensor(said.ids)[:, None])[:, 0]
+    return float((own - torch.tensor(said.logprobs)).abs().max())

@@ -13,6 +13,8 @@ from deeprec.errors import EngineError
 from deeprec.graph.engine.base import Constraint, Generation, GenerationRequest
 from deeprec.graph.engine.transformers_engine import TransformersEngine
 
+from .conftest import logprob_gap
+
 
 @pytest.fixture(scope="module")
 def engine(tiny_llm: str) -> Iterator[TransformersEngine]:
@@ -23,13 +25,10 @@ def engine(tiny_llm: str) -> Iterator[TransformersEngine]:
     engine.close()
 
 
-def gap(engine: TransformersEngine, prompt: list[int], said: Generation, weights: str) -> float:
-    """Largest difference between the engine's logprobs and those of one forward pass."""
+def gap(prompt: list[int], said: Generation, weights: str) -> float:
+    """Largest difference between the engine's logprobs and those of the weights in a folder."""
     model = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.float32).eval()
-    with torch.no_grad():
-        logits = model(torch.tensor([[*prompt, *said.ids]])).logits[0, len(prompt) - 1 : -1]
-    own = logits.log_softmax(-1).gather(1, torch.tensor(said.ids)[:, None])[:, 0]
-    return float((own - torch.tensor(said.logprobs)).abs().max())
+    return logprob_gap(model, prompt, said)
 
 
 def test_many_at_once_and_their_continuations_are_exact(
@@ -45,9 +44,9 @@ def test_many_at_once_and_their_continuations_are_exact(
     for prompt, before, future in zip(prompts, said, again, strict=True):
         assert before.finish == "length"
         assert len(before.ids) == 20
-        assert gap(engine, prompt, before, tiny_llm) < 1e-3
+        assert gap(prompt, before, tiny_llm) < 1e-3
         after = future.result(60)
-        assert gap(engine, [*prompt, *before.ids], after, tiny_llm) < 1e-3
+        assert gap([*prompt, *before.ids], after, tiny_llm) < 1e-3
 
 
 def test_greedy_takes_the_likeliest(engine: TransformersEngine, tiny_llm: str) -> None:
@@ -106,8 +105,8 @@ def test_new_weights_are_used_and_old_keys_forgotten(
     try:
         engine.load_weights(dict(model.named_parameters()))
         said = engine.submit(request).result(60)
-        assert gap(engine, prompt, said, folder) < 1e-3
-        assert gap(engine, prompt, said, tiny_llm) > 0.05
+        assert gap(prompt, said, folder) < 1e-3
+        assert gap(prompt, said, tiny_llm) > 0.05
         with pytest.raises(EngineError, match="no weights named wrong"):
             engine.load_weights({"wrong": torch.zeros(1)})
     finally:

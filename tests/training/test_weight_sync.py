@@ -7,8 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from deeprec.graph.engine.base import Generation, GenerationRequest
+from deeprec.graph.engine.base import GenerationRequest
 from deeprec.graph.engine.vllm_inprocess import VLLMEngine
+
+from ..graph.conftest import logprob_gap
 
 pytestmark = pytest.mark.engine
 
@@ -33,14 +35,7 @@ def gap(model: PreTrainedModel, engine: VLLMEngine) -> float:
     prompt = engine.tokenizer.encode(PROMPT)
     requests = [GenerationRequest(prompt, 24, temperature=1.0, seed=seed) for seed in range(3)]
     futures = [engine.submit(request) for request in requests]
-    return max(_gap(model, prompt, future.result()) for future in futures)
-
-
-def _gap(model: PreTrainedModel, prompt: list[int], said: Generation) -> float:
-    with torch.no_grad():
-        logits = model(torch.tensor([[*prompt, *said.ids]])).logits[0, len(prompt) - 1 : -1]
-    own = logits.log_softmax(-1).gather(1, torch.tensor(said.ids)[:, None])[:, 0]
-    return float((own - torch.tensor(said.logprobs)).abs().max())
+    return max(logprob_gap(model, prompt, future.result()) for future in futures)
 
 
 def test_engine_and_model_agree_before_and_after_new_weights(
