@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ...errors import EngineError
 
@@ -12,8 +12,6 @@ if TYPE_CHECKING:
 
 # Spells guided text in the tokenizer's own way, in a third fewer tokens than xgrammar (docs).
 GRAMMAR_BACKEND = "guidance"
-# Only whole blocks are reused when a run goes on; vLLM's 128 on a CPU prefills the rest anew.
-CPU_BLOCK_SIZE = 32
 _GIB = 1024**3
 
 
@@ -52,6 +50,21 @@ def cpu_dtype(dtype: str) -> str:
     capabilities = torch.cpu.get_capabilities()
     native = any(bool(has) for name, has in capabilities.items() if "bf16" in name)
     return "auto" if native else "float32"
+
+
+def cpu_options(max_model_len: int) -> dict[str, Any]:
+    """Return what vLLM is started with on a CPU, by the names of its EngineArgs."""
+    return {
+        "enforce_eager": True,
+        # Chunked prefill rewinds the generator of a seeded request, which a CPU's can't.
+        "enable_chunked_prefill": False,
+        "max_num_batched_tokens": max(max_model_len, 2048),
+        # Only whole blocks are reused when a run goes on; vLLM's 128 prefill the rest anew.
+        "block_size": 32,
+        # vLLM's choice, a worker process, and the engine core wait for each other by spinning, on
+        # the cores that compute.
+        "distributed_executor_backend": "vllm.v1.executor.uniproc_executor.UniProcExecutor",
+    }
 
 
 def kv_token_bytes(config: PreTrainedConfig, value_bytes: int) -> int:

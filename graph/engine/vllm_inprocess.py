@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING
 
 from ...errors import EngineError
 from .base import Engine, Finish, Generation, GenerationRequest, LoopThread
-from .limits import CPU_BLOCK_SIZE, GRAMMAR_BACKEND, check_kv_cache, check_model_folder, cpu_dtype
+from .limits import (
+    GRAMMAR_BACKEND,
+    check_kv_cache,
+    check_model_folder,
+    cpu_dtype,
+    cpu_options,
+)
 from .tokenizer import load_tokenizer
 from .weight_sync import SyncWorker, handed_over
 
@@ -88,17 +94,13 @@ class VLLMEngine(Engine):
             dtype=dtype,
             max_num_seqs=max_num_seqs,
             gpu_memory_utilization=gpu_memory_utilization,
-            enforce_eager=self._on_cpu,
-            # Chunked prefill rewinds the generator of a seeded request, which a CPU's can't.
-            enable_chunked_prefill=not self._on_cpu,
-            max_num_batched_tokens=max(max_model_len, 2048) if self._on_cpu else None,
             enable_prefix_caching=True,
-            block_size=CPU_BLOCK_SIZE if self._on_cpu else None,
             structured_outputs_config={"backend": GRAMMAR_BACKEND},
             disable_log_stats=True,
             use_tqdm_on_load=False,
             generation_config="vllm",  # sampling is the caller's, never the model folder's
             worker_extension_cls=f"{SyncWorker.__module__}.{SyncWorker.__qualname__}",
+            **(cpu_options(max_model_len) if self._on_cpu else {}),
         )
         try:
             # Starting blocks, which servers forbid in event loops; a thread of its own has none.

@@ -21,7 +21,7 @@ from tenacity import (
 
 from ...errors import EngineError
 from .base import Engine, Generation, GenerationRequest, LoopThread
-from .limits import GRAMMAR_BACKEND, check_kv_cache, check_model_folder, cpu_dtype
+from .limits import GRAMMAR_BACKEND, check_kv_cache, check_model_folder, cpu_dtype, cpu_options
 from .tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -203,9 +203,12 @@ def serve(model: str, settings: EngineSettings, *, host: str, port: int) -> None
     command += ["--structured-outputs-config.backend", GRAMMAR_BACKEND]
     command += ["--max-num-seqs", str(settings.max_num_seqs)]
     command += ["--gpu-memory-utilization", str(settings.gpu_memory_utilization)]
-    if on_cpu:  # chunked prefill rewinds the generator of a seeded request, which a CPU's can't
-        command += ["--no-enable-chunked-prefill", "--enforce-eager"]
-        command += ["--max-num-batched-tokens", str(max(max_model_len, 2048))]
+    for name, value in (cpu_options(max_model_len) if on_cpu else {}).items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            command += [f"--{flag}" if value else f"--no-{flag}"]
+        else:
+            command += [f"--{flag}", str(value)]
     sys.stdout.flush()
     os.execve(sys.executable, command, environment)  # noqa: S606  # no shell, fixed program
 
