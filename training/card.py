@@ -99,8 +99,7 @@ tags: [recommendation, agents, lora, deeprec]
 
 {"A LoRA adapter" if adapter else "A model"} for DeepRec's loop: it reasons over a user's history,
 searches a recommendation model by preferences in words, and ranks what it found. It writes all of
-that by itself, without a grammar. It was trained with {told},
-and is served so unless told otherwise.
+that by itself, without a grammar. Unless told otherwise it is served with {told}.
 
 ```bash
 export {"DEEPREC_ADAPTER" if adapter else "DEEPREC_MODEL"}=this/folder

@@ -4,7 +4,8 @@ A small model never finds the protocol by sampling, so it is shown what runs loo
 training example the demonstrator first searches by the history alone, then tries preferences that
 the history suggests, keeps some that bring the target in and differ from each other, and ranks by
 fusing what came back. The graph itself then plays that script, so every list, limit, token boundary
-and rule is the real one.
+and rule is the real one. Some runs ask for the same thing again, are refused, and go on: a model
+that was never refused repeats itself to the limit.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
 from ..errors import EngineError
 from ..graph import protocol
@@ -58,6 +59,10 @@ _NEXT = (
     "{found} came back. What about {wish}?",
     "Another side of this user is {wish}.",
 )
+_REFUSED = (
+    "I had searched for that already. Another side: {wish}.",
+    "That brings nothing new; {wish} may.",
+)
 _AGAIN = (
     "Found more than once: {again}. They come first.",
     "{again} came up in several searches, so they lead.",
@@ -67,6 +72,28 @@ _ONCE = (
     "The searches have little in common; the first list leads.",
     "Each search found something else, so I keep the first list's order and add their best.",
 )
+
+
+class Variation(BaseModel):
+    """Values of run settings, one of which is drawn for each demonstration; none: the run's own.
+
+    What never varies in training is not read: shown lists of ten alone, a model writes ten lines
+    whatever the prompt asks for.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    k: tuple[PositiveInt, ...] = ()
+    retrieve_n: tuple[PositiveInt, ...] = ()
+    history_length: tuple[PositiveInt, ...] = ()
+    answer_form: tuple[protocol.AnswerForm, ...] = ()
+
+    def draw(self, settings: RunSettings, rng: Generator) -> RunSettings:
+        """Settings with each of these fields drawn anew."""
+        drawn = {
+            name: values[int(rng.integers(len(values)))] for name, values in self if len(values)
+        }
+        return settings.model_copy(update=drawn)
 
 
 class DemonstrationConfig(BaseModel):
@@ -84,12 +111,16 @@ class DemonstrationConfig(BaseModel):
     fusion_constant: float = Field(2.0, ge=0)
     # Share of the examples whose answer misses the target that are kept all the same.
     keep_misses: float = Field(0.25, ge=0, le=1)
+    # Share of runs in which a search is repeated and refused. What is repeated is not learnt.
+    repeats: float = Field(0.1, ge=0, le=1)
+    vary: Variation = Variation()
 
 
 @dataclass(frozen=True)
 class Script:
     """What the demonstrator says in one run: a text per generation, and the list it ends with."""
 
+    settings: RunSettings
     texts: tuple[str, ...]
     preferences: tuple[str, ...]
     answer: tuple[str, ...]  # item ids
@@ -169,37 +200,42 @@ class Demonstrator:
 
     def plan(self, examples: Sequence[Example], rng: Generator) -> list[Script | None]:
         """Scripts for examples; None where the answer misses and the example is left out."""
-        wishes = [[protocol.ANYTHING, *self._suggestions(example, rng)] for example in examples]
+        settings = [self._config.vary.draw(self._settings, rng) for _ in examples]
+        wishes = [
+            [protocol.ANYTHING, *self._suggestions(example, own.history_length, rng)]
+            for example, own in zip(examples, settings, strict=True)
+        ]
         requests = [
             RetrievalRequest(
                 history=example.history,
                 preference=protocol.searched_preference(wish),
-                k=self._settings.retrieve_n,
+                k=own.retrieve_n,
                 exclude=frozenset(example.history),
             )
-            for example, of_example in zip(examples, wishes, strict=True)
+            for example, own, of_example in zip(examples, settings, wishes, strict=True)
             for wish in of_example
         ]
         found = iter(self._retriever.retrieve(requests))
         texts = [wish for of_example in wishes for wish in of_example]
         vectors = iter(embed_preferences(self._encoder, texts))
         scripts = []
-        for example, of_example in zip(examples, wishes, strict=True):
+        for example, own, of_example in zip(examples, settings, wishes, strict=True):
             lists = [[item.id for item in next(found)] for _ in of_example]
-            own = np.stack([next(vectors) for _ in of_example])
-            scripts.append(self._script(example, of_example, lists, own, rng))
+            embedded = np.stack([next(vectors) for _ in of_example])
+            scripts.append(self._script(example, own, of_example, lists, embedded, rng))
         return scripts
 
-    def _suggestions(self, example: Example, rng: Generator) -> list[str]:
-        """Preferences that a reader of the history could come to, distinct, in random order."""
-        read = [self._row[item] for item in example.history[-self._settings.history_length :]]
+    def _suggestions(self, example: Example, length: int, rng: Generator) -> list[str]:
+        """Preferences that a reader of the last items could come to, distinct, in random order."""
+        read = [self._row[item] for item in example.history[-length:]]
         terms = self._vocabulary.terms
         main = Counter(term for row in read for term in self._vocabulary.items[row])
         rest = Counter(term for row in read for term in self._vocabulary.extras[row])
         mains = [terms[term][1] for term, _ in main.most_common(6)]
         rests = [terms[term][1] for term, _ in rest.most_common(3)]
         pairs = [(a, b) for at, a in enumerate(mains[:5]) for b in [*mains[at + 1 : 5], *rests]]
-        titles = [self._catalog.display_title(id_) for id_ in example.history[-_RECENT:]]
+        latest = example.history[-min(_RECENT, length) :]
+        titles = [self._catalog.display_title(id_) for id_ in latest]
         wishes = [*mains, *("; ".join(pair) for pair in pairs)]
         wishes += [f"similar to {title}" for title in titles]
         wishes += [f"{value}; similar to {titles[-1]}" for value in mains[:3]]
@@ -211,6 +247,7 @@ class Demonstrator:
     def _script(
         self,
         example: Example,
+        settings: RunSettings,
         wishes: Sequence[str],
         lists: Sequence[Sequence[str]],
         vectors: NDArray[np.float32],
@@ -219,7 +256,7 @@ class Demonstrator:
         count = min(2 + int(rng.choice(3, p=self._config.searches)), len(wishes))
         chosen = _choose(example.target, lists[1:], vectors[1:], count - 1)
         order = [0, *(1 + int(at) for at in rng.permutation(chosen))]
-        k = self._settings.k
+        k = settings.k
         fused = reciprocal_rank_fusion(
             [lists[at] for at in order],
             first_weight=self._config.first_weight,
@@ -228,8 +265,10 @@ class Demonstrator:
         missed = example.target not in fused
         if len(fused) < k or (missed and rng.random() >= self._config.keep_misses):
             return None
+        searches = [(wishes[at], lists[at]) for at in order]
         return Script(
-            texts=self._texts(example, [(wishes[at], lists[at]) for at in order], fused, rng),
+            settings=settings,
+            texts=self._texts(example, settings, searches, fused, rng),
             preferences=tuple(wishes[at] for at in order),
             answer=tuple(fused),
         )
@@ -237,6 +276,7 @@ class Demonstrator:
     def _texts(
         self,
         example: Example,
+        settings: RunSettings,
         searches: Sequence[tuple[str, Sequence[str]]],
         answer: Sequence[str],
         rng: Generator,
@@ -248,17 +288,26 @@ class Demonstrator:
 
         def named(item: str) -> str:
             title = self._catalog.display_title(item)
-            return f"#{numbers[item]}" if self._settings.answer_form == "numbers" else title
+            return f"#{numbers[item]}" if settings.answer_form == "numbers" else title
 
-        texts = []
-        for at, (wish, _) in enumerate(searches):
-            if at == 0:
-                thought = f"{protocol.BEGIN_THINK}\n{self._opening(example, rng)}\n"
-            else:
-                before = searches[at - 1][1]
-                said = str(rng.choice(_NEXT))
-                thought = said.format(found=named(before[int(rng.integers(2))]), wish=wish) + "\n"
-            texts.append(f"{thought}{protocol.BEGIN_PREFERENCE} {wish} {protocol.END_PREFERENCE}")
+        def search(templates: Sequence[str], wish: str, before: Sequence[str]) -> str:
+            said = str(rng.choice(templates))
+            thought = said.format(found=named(before[int(rng.integers(2))]), wish=wish)
+            return f"{thought}\n{protocol.BEGIN_PREFERENCE} {wish} {protocol.END_PREFERENCE}"
+
+        repeated = int(rng.integers(len(searches))) if rng.random() < self._config.repeats else None
+        first, found = searches[0]
+        opening = self._opening(example, settings.history_length, rng)
+        texts = [
+            f"{protocol.BEGIN_THINK}\n{opening}\n"
+            f"{protocol.BEGIN_PREFERENCE} {first} {protocol.END_PREFERENCE}"
+        ]
+        for at, (wish, found_next) in enumerate(searches):
+            if at > 0:
+                texts.append(search(_REFUSED if repeated == at - 1 else _NEXT, wish, found))
+                found = found_next
+            if repeated == at:
+                texts.append(search(_NEXT, wish, found))
         hits = Counter(item for _, found in searches for item in set(found))
         again = [item for item in answer if hits[item] > 1][:3]
         closing = (
@@ -272,8 +321,8 @@ class Demonstrator:
         texts.append("")  # end of sequence
         return tuple(texts)
 
-    def _opening(self, example: Example, rng: Generator) -> str:
-        read = [self._row[item] for item in example.history[-self._settings.history_length :]]
+    def _opening(self, example: Example, length: int, rng: Generator) -> str:
+        read = [self._row[item] for item in example.history[-length:]]
         common = self._vocabulary.history_terms(read, 2)
         title = self._catalog.display_title(example.history[-1])
         intent = str(rng.choice(_INTENTS))
@@ -308,7 +357,6 @@ def demonstrate(
     demonstrator: Demonstrator,
     retriever: Retriever,
     tokenizer: PreTrainedTokenizerBase,
-    settings: RunSettings,
     *,
     wanted: int,
     max_model_len: int,
@@ -321,9 +369,7 @@ def demonstrate(
     TrajectoryError where a state is none of a finished run, EngineError where a script does not
     fit into the run's limits.
     """
-    free = settings.model_copy(
-        update={"decoding": "free", "on_limit": "fail", "fill": False, "seed": None}
-    )
+    free = {"decoding": "free", "on_limit": "fail", "fill": False, "seed": None}
     made: list[Trajectory] = []
     for example, script in _scripts(examples, demonstrator, seed):
         if len(made) == wanted:
@@ -332,7 +378,7 @@ def demonstrate(
         graph: Any = build_graph(policy, retriever)
         state = graph.invoke(
             {"history": [f"id:{item}" for item in example.history]},
-            context=free,
+            context=script.settings.model_copy(update=free),
             output_keys=list(RUN_KEYS),
         )
         run = Trajectory.from_state(

@@ -13,6 +13,7 @@ import os
 import sys
 from argparse import RawTextHelpFormatter
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,7 @@ from deeprec.training.configuration import (
 )
 from deeprec.training.demonstrations import DemonstrationConfig, Demonstrator, demonstrate
 from deeprec.training.ground import TARGETS_PER_USER, select_users, training_ground
+from deeprec.training.head import score_labelled_positions_only
 from deeprec.training.policy import load_policy
 from deeprec.training.selection import SelectionConfig
 from deeprec.training.trajectory_file import iter_trajectories, write_part
@@ -91,6 +93,7 @@ def run(config: SFTRun, console: Console) -> Path:
         f"each on average, {sum(sum(run.env_mask) for run in shown) / len(shown):.0f} of them the "
         "policy's"
     )
+    score_labelled_positions_only()
     trainer = SFTTrainer(
         model=load_policy(model, None, config.lora),
         args=_arguments(SFTConfig, config),
@@ -112,22 +115,31 @@ def run(config: SFTRun, console: Console) -> Path:
 
 
 def dataset(runs: Sequence[Trajectory]) -> Dataset:
-    """Runs as TRL reads them: tokens as they are, and labels of -100 where another wrote."""
+    """Runs as TRL reads them: tokens as they are, and labels of -100 where another wrote, or where
+    the policy asked for what was refused.
+    """
     from datasets import Dataset
 
     return Dataset.from_list(
         [
             {
                 "input_ids": [*run.prompt_ids, *run.completion_ids],
-                "labels": [-100] * len(run.prompt_ids)
-                + [
-                    token if own else -100
-                    for token, own in zip(run.completion_ids, run.env_mask, strict=True)
-                ],
+                "labels": [-100] * len(run.prompt_ids) + _labels(run),
             }
             for run in runs
         ]
     )
+
+
+def _labels(run: Trajectory) -> list[int]:
+    labels = []
+    # A turn of the policy ends where the environment answers.
+    answers = groupby(zip(run.authors, run.completion_ids, strict=True), lambda at: at[0])
+    turns = iter(run.turns)
+    for author, tokens in answers:
+        learnt = author == "policy" and next(turns).refused is None
+        labels += [token if learnt else -100 for _, token in tokens]
+    return labels
 
 
 def _demonstrations(
@@ -151,7 +163,6 @@ def _demonstrations(
             demonstrator,
             ground.retriever,
             tokenizer,
-            config.run,
             wanted=config.demonstrations,
             max_model_len=config.max_length,
             seed=config.seed,

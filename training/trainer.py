@@ -1,10 +1,17 @@
-"""TRL's GRPOTrainer, with the gap between engine and trainer in its log."""
+"""TRL's GRPOTrainer, with the gap between engine and trainer in its log, and without the padding
+that TRL computes on.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trl import GRPOTrainer
+
+from .head import score_labelled_positions_only
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 
 class Trainer(GRPOTrainer):  # type: ignore[misc]  # trl is not typed
@@ -14,12 +21,17 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]  # trl is not typed
     trainer don't compute the same policy: stale weights, another precision, another template.
     """
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        score_labelled_positions_only()
+        super().__init__(*args, **kwargs)
+
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
         self._own_logps = result[0].detach()
         return result
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Any:
+        inputs = without_padding(inputs)
         loss = super()._compute_loss(model, inputs)
         sampled = inputs.get("sampling_per_token_logps")
         own = self._own_logps
@@ -34,3 +46,21 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]  # trl is not typed
                 metrics["engine_gap/mean"].append(float(gap.mean()))
                 metrics["engine_gap/max"].append(float(gap.max()))
         return loss
+
+
+def without_padding(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Cut columns off a micro batch that are padding in all of its rows.
+
+    TRL pads a step's rows to the longest of them: prompts [rows, tokens] on the left, all that has
+    an entry per completion token on the right. A pass over a few of the rows needs less.
+    """
+    prompts, completions = inputs["prompt_mask"].any(dim=0), inputs["completion_mask"].any(dim=0)
+    first = int(prompts.int().argmax())
+    end = int(completions.nonzero().max()) + 1 if completions.any() else 1
+    cut = dict(inputs)
+    for name, value in inputs.items():
+        if name in ("prompt_ids", "prompt_mask"):
+            cut[name] = value[:, first:]
+        elif getattr(value, "shape", ())[1:] == completions.shape:
+            cut[name] = value[:, :end]
+    return cut

@@ -12,7 +12,9 @@ from deeprec.graph.app import run_settings
 from deeprec.graph.engine.adapter import RUN_SETTINGS, trained_settings
 from deeprec.graph.state import RunSettings
 from deeprec.settings import Settings
+from deeprec.training import compare_runs
 from deeprec.training.card import policy_card, quarters
+from deeprec.training.configuration import write_json
 from deeprec.training.curves import draw
 from deeprec.training.export_adapter import export, main
 from deeprec.training.policy import keep_run_settings
@@ -53,6 +55,26 @@ def test_curves_are_drawn_of_what_was_logged(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="logging_steps"):
         draw([{"step": 1, "other": 2}], tmp_path / "none.png", title="a run")
     assert [path.name for path in tmp_path.iterdir()] == ["curves.png"]
+
+
+def test_runs_are_compared_by_kind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "140")
+    for name, shuffled, seed, rise in (("a", False, 0, 1), ("b", False, 1, 3), ("c", True, 0, 0)):
+        history = [{"step": n, "reward/total": n * rise} for n in range(8)]
+        write_json(tmp_path / name / "config.json", {"shuffle_rewards": shuffled, "seed": seed})
+        write_json(tmp_path / name / "cold_start" / "log.json", history)
+    folders = [str(tmp_path / name) for name in "abc"]
+    assert compare_runs.main([*folders, "--plot", str(tmp_path / "all.png")]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "own rewards (2)" in told
+    assert "1.000 (0.500 to 1.500)" in told
+    assert "12.000 (6.000 to 18.000)" in told
+    assert "shuffled rewards (1) │ 0.000 │ 0.000 │ 0.000" in told
+    assert (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG")
+    assert compare_runs.main([str(tmp_path)]) == 2
+    assert "no finished stage 'cold_start'" in capsys.readouterr().err
 
 
 def test_a_trained_llm_is_served_as_it_was_trained(tmp_path: Path) -> None:

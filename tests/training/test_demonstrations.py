@@ -50,7 +50,6 @@ def made(
         Demonstrator(retriever, encoder, settings, chosen),
         retriever,
         tokenizer,
-        settings,
         wanted=wanted,
         max_model_len=max_model_len,
     )
@@ -60,7 +59,7 @@ def made(
 def runs(
     examples: list[Example], retriever: Retriever, tiny_encoder: TextEncoder
 ) -> list[Trajectory]:
-    return made(examples, retriever, tiny_encoder, keep_misses=0.0)
+    return made(examples, retriever, tiny_encoder, keep_misses=0.0, repeats=0.0)
 
 
 def test_they_keep_every_rule_and_end_with_a_found_target(runs: list[Trajectory]) -> None:
@@ -103,6 +102,35 @@ def test_a_history_is_of_ids_even_where_a_title_reads_like_one(
         assert made(examples[:8], retriever, tiny_encoder, wanted=1, keep_misses=1.0)
     finally:
         retriever.remove(["new"])
+
+
+def test_what_varies_is_what_the_prompt_says_and_the_run_does(
+    examples: list[Example], retriever: Retriever, tiny_encoder: TextEncoder
+) -> None:
+    vary = {"k": [2, 4], "retrieve_n": [5, 6], "history_length": [2, 3], "answer_form": ["titles"]}
+    varied = made(examples, retriever, tiny_encoder, wanted=24, repeats=0.0, vary=vary)
+    seen = {(r.settings.k, r.settings.retrieve_n, r.settings.history_length) for r in varied}
+    assert len(seen) == 8
+    for run in varied:
+        k, shown = run.settings.k, run.pieces[0].text
+        assert len(run.answer) == k
+        assert f"write the {k} best of the listed titles" in shown
+        assert shown.count("\n  - ") == run.settings.history_length
+        searches = [turn for turn in run.turns if turn.preference]
+        assert {len(turn.retrieved) for turn in searches} == {run.settings.retrieve_n}
+
+
+def test_a_repeated_search_is_refused_and_only_what_follows_is_learnt(
+    examples: list[Example], retriever: Retriever, tiny_encoder: TextEncoder
+) -> None:
+    for run in made(examples, retriever, tiny_encoder, repeats=1.0):
+        assert sum(turn.refused is not None for turn in run.turns) == 1
+        assert run.violations == []
+        own = [piece.text for piece in run.pieces if piece.author == "policy"]
+        learnt = [text for text, turn in zip(own, run.turns, strict=True) if turn.refused is None]
+        tokenizer = load_tokenizer(load_settings().model_name)
+        labels = [label for label in dataset([run])[0]["labels"] if label != -100]
+        assert tokenizer.decode(labels) == "".join(learnt) + tokenizer.eos_token
 
 
 def test_misses_are_kept_in_their_share(

@@ -11,6 +11,7 @@ import yaml
 from datasets import Dataset
 from transformers import AutoModelForCausalLM
 from trl import GRPOConfig
+from trl.trainer import utils
 
 from deeprec.errors import EngineError
 from deeprec.graph.engine.adapter import merged_model
@@ -33,7 +34,7 @@ from deeprec.training.rewards import RewardConfig, Rewarder
 from deeprec.training.rollout import Plan, describe, rows
 from deeprec.training.run_grpo import GRPORun, train_stage
 from deeprec.training.selection import Example, SelectionConfig, candidates, select
-from deeprec.training.trainer import Trainer
+from deeprec.training.trainer import Trainer, without_padding
 from deeprec.training.trajectories import Rewards, Trajectory
 from deeprec.training.trajectory_file import read_trajectories
 
@@ -164,16 +165,55 @@ def demonstrations(
         Demonstrator(retriever, tiny_encoder, settings, DemonstrationConfig()),
         retriever,
         load_tokenizer(load_settings().model_name),
-        settings,
         wanted=4,
         max_model_len=4096,
     )
 
 
+def test_padding_that_no_row_needs_is_cut() -> None:
+    step = {
+        "prompt_ids": torch.tensor([[0, 5, 6], [0, 0, 7], [1, 2, 3]]),
+        "prompt_mask": torch.tensor([[0, 1, 1], [0, 0, 1], [1, 1, 1]]),
+        "completion_ids": torch.tensor([[8, 9, 0, 0], [8, 0, 0, 0], [1, 2, 3, 4]]),
+        "completion_mask": torch.tensor([[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]]),
+        "tool_mask": torch.tensor([[1, 0, 0, 0], [1, 0, 0, 0], [1, 0, 1, 1]]),
+        "sequence": torch.tensor([[1.0], [2.0], [3.0]]),
+        "advantages": torch.tensor([1.0, 2.0, 3.0]),
+        "num_items_in_batch": torch.tensor(6.0),
+    }
+    rows_of = {name: value[:2] if value.dim() else value for name, value in step.items()}
+    got = {name: value.tolist() for name, value in without_padding(rows_of).items()}
+    assert got == {
+        "prompt_ids": [[5, 6], [0, 7]],
+        "prompt_mask": [[1, 1], [0, 1]],
+        "completion_ids": [[8, 9], [8, 0]],
+        "completion_mask": [[1, 1], [1, 0]],
+        "tool_mask": [[1, 0], [1, 0]],
+        "sequence": [[1.0], [2.0]],
+        "advantages": [1.0, 2.0],
+        "num_items_in_batch": 6.0,
+    }
+    whole = without_padding(step)
+    assert all(torch.equal(whole[name], value) for name, value in step.items())
+    empty = {**rows_of, "completion_mask": torch.zeros(2, 4)}
+    assert without_padding(empty)["completion_ids"].shape == (2, 1)
+
+
 def test_the_environments_tokens_get_no_gradient(
-    demonstrations: list[Trajectory], tiny_llm: str, tmp_path: Path
+    demonstrations: list[Trajectory],
+    tiny_llm: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    scored: list[int] = []
+    head = utils._ChunkedLogProbFunction.apply
+
+    def watched_head(hidden: torch.Tensor, *rest: Any) -> Any:
+        scored.append(len(hidden))
+        return head(hidden, *rest)
+
+    monkeypatch.setattr(utils._ChunkedLogProbFunction, "apply", watched_head)
 
     class Watched(Trainer):
         def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
@@ -215,6 +255,8 @@ def test_the_environments_tokens_get_no_gradient(
     assert own.sum() == sum(sum(run.env_mask) for run in demonstrations)
     assert gradient[~own].abs().max() == 0
     assert (gradient[own] != 0).all(dim=0).any()
+    # Prompts and padding are not worth the head.
+    assert scored == [sum(len(run.completion_ids) for run in demonstrations)]
 
 
 @pytest.fixture
