@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from functools import wraps
+from typing import TYPE_CHECKING, ParamSpec
 
 from rich.console import Console
 
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
 
 errors = Console(stderr=True)
 
+_Args = ParamSpec("_Args")
+
 
 def run_app(app: typer.Typer) -> None:
     """Run a command; an error that the user can mend is told without a traceback."""
@@ -25,9 +29,26 @@ def run_app(app: typer.Typer) -> None:
     try:
         app()
     except DeepRecError as error:
-        errors.print("error:", style="bold red", end=" ")
-        errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
-        sys.exit(error.exit_code)
+        sys.exit(_tell(error))
+
+
+def tells_errors(main: Callable[_Args, int]) -> Callable[_Args, int]:
+    """Make a script's `main` tell an error that the user can mend, and give its exit code."""
+
+    @wraps(main)
+    def told(*args: _Args.args, **kwargs: _Args.kwargs) -> int:
+        try:
+            return main(*args, **kwargs)
+        except DeepRecError as error:
+            return _tell(error)
+
+    return told
+
+
+def _tell(error: DeepRecError) -> int:
+    errors.print("error:", style="bold red", end=" ")
+    errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
+    return error.exit_code
 
 
 def _quiet() -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from .configuration import write_json, write_text
-from .curves import draw
+from .curves import History, draw
 from .policy import keep_run_settings
 
 if TYPE_CHECKING:
@@ -24,11 +24,10 @@ _OF_THIS_MACHINE = {"output", "start", "model"}
 _TOLD = ("answer_form", "retrieve_n", "history_length")
 
 
-def quarters(history: Sequence[Mapping[str, Any]], key: str) -> tuple[float, float] | None:
+def quarters(history: History, key: str) -> tuple[float, float] | None:
     """Mean of a logged figure over the first and the last quarter of the rows that hold it.
 
-    `history` is the trainer's log (`trainer.state.log_history`). None where fewer than four rows
-    hold the figure.
+    None where fewer than four rows hold the figure.
     """
     values = [float(row[key]) for row in history if key in row]
     quarter = len(values) // 4
@@ -78,7 +77,7 @@ def policy_card(
     data: str,
     adapter: bool,
     config: Mapping[str, Any],
-    history: Sequence[Mapping[str, Any]],
+    history: History,
 ) -> str:
     """The card of what a run left in `final`.
 

@@ -14,18 +14,18 @@ import argparse
 import json
 import sys
 from argparse import RawTextHelpFormatter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from deeprec.errors import DeepRecError, SettingsError
+from deeprec.errors import SettingsError
+from deeprec.terminal import tells_errors
 from deeprec.training.card import FIGURES, quarters
-from deeprec.training.curves import compare
+from deeprec.training.curves import History, compare
 from deeprec.training.rewards import STAGES
 
 
@@ -35,7 +35,7 @@ class Logged:
 
     shuffled: bool
     seed: int
-    history: Sequence[Mapping[str, Any]]
+    history: History
 
     @property
     def name(self) -> str:
@@ -80,6 +80,7 @@ def _spread(values: Sequence[float]) -> str:
     return f"{mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
+@tells_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; gives the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter)
@@ -87,14 +88,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--stage", choices=list(STAGES), default="cold_start")
     parser.add_argument("--plot", type=Path, help="write the curves into this PNG")
     given = parser.parse_args(arguments)
-    try:
-        runs = [read_run(folder, given.stage) for folder in given.runs]
-        Console().print(table(runs))
-        if given.plot is not None:
-            compare({run.name: run.history for run in runs}, given.plot)
-    except DeepRecError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    runs = [read_run(folder, given.stage) for folder in given.runs]
+    Console().print(table(runs))
+    if given.plot is not None:
+        compare({run.name: run.history for run in runs}, given.plot)
     return 0
 
 

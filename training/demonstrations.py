@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,12 +23,12 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from ..errors import EngineError
 from ..graph import protocol
 from ..graph.build import build_graph
-from ..graph.engine.base import Engine, Generation, GenerationRequest
 from ..graph.fusion import reciprocal_rank_fusion
 from ..graph.state import RunSettings
 from ..tools.retriever import RetrievalRequest, Retriever
 from ..tools.trm.preferences import embed_preferences
 from ..tools.trm.vocabulary import Vocabulary
+from .scripted_policy import ScriptedPolicy
 from .selection import Example
 from .trajectories import RUN_KEYS, Trajectory
 
@@ -122,53 +121,7 @@ class Script:
 
     settings: RunSettings
     texts: tuple[str, ...]
-    preferences: tuple[str, ...]
     answer: tuple[str, ...]  # item ids
-
-
-class ScriptedPolicy(Engine):
-    """An engine that says the next text of a script, up to the first stop string in it.
-
-    Its logprobs are 0: nothing was sampled.
-    """
-
-    name = "demonstrator"
-
-    def __init__(
-        self, texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_model_len: int
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.max_model_len = max_model_len
-        self._texts = list(texts)
-
-    def submit(self, request: GenerationRequest) -> Future[Generation]:
-        """See Engine.submit."""
-        future: Future[Generation] = Future()
-        try:
-            future.set_result(self._say(request))
-        except EngineError as error:
-            future.set_exception(error)
-        return future
-
-    def _say(self, request: GenerationRequest) -> Generation:
-        if not self._texts:
-            raise EngineError("the demonstration has nothing more to say")
-        text = self._texts.pop(0)
-        stop = next((stop for stop in request.stop if text.endswith(stop)), None)
-        ids = self.tokenizer.encode(text, add_special_tokens=False)
-        if stop is None:
-            ids.append(int(self.tokenizer.eos_token_id))
-        if len(ids) > request.max_tokens:
-            raise EngineError(
-                f"{len(ids)} tokens of a demonstration don't fit into {request.max_tokens}: raise "
-                "max_new_tokens or max_total_tokens, or lower retrieve_n or history_length"
-            )
-        return Generation(
-            tuple(ids), (0.0,) * len(ids), "stop" if stop is not None else "eos", stop
-        )
-
-    def close(self) -> None:
-        """Hold nothing, release nothing."""
 
 
 class Demonstrator:
@@ -269,7 +222,6 @@ class Demonstrator:
         return Script(
             settings=settings,
             texts=self._texts(example, settings, searches, fused, rng),
-            preferences=tuple(wishes[at] for at in order),
             answer=tuple(fused),
         )
 
@@ -290,24 +242,23 @@ class Demonstrator:
             title = self._catalog.display_title(item)
             return f"#{numbers[item]}" if settings.answer_form == "numbers" else title
 
-        def search(templates: Sequence[str], wish: str, before: Sequence[str]) -> str:
-            said = str(rng.choice(templates))
-            thought = said.format(found=named(before[int(rng.integers(2))]), wish=wish)
+        def search(thought: str, wish: str) -> str:
             return f"{thought}\n{protocol.BEGIN_PREFERENCE} {wish} {protocol.END_PREFERENCE}"
 
+        def go_on(templates: Sequence[str], wish: str, before: Sequence[str]) -> str:
+            said = str(rng.choice(templates))
+            seen = before[int(rng.integers(min(2, len(before))))]
+            return search(said.format(found=named(seen), wish=wish), wish)
+
         repeated = int(rng.integers(len(searches))) if rng.random() < self._config.repeats else None
-        first, found = searches[0]
         opening = self._opening(example, settings.history_length, rng)
-        texts = [
-            f"{protocol.BEGIN_THINK}\n{opening}\n"
-            f"{protocol.BEGIN_PREFERENCE} {first} {protocol.END_PREFERENCE}"
-        ]
-        for at, (wish, found_next) in enumerate(searches):
+        texts = [search(f"{protocol.BEGIN_THINK}\n{opening}", searches[0][0])]
+        for at, (wish, found) in enumerate(searches):
             if at > 0:
-                texts.append(search(_REFUSED if repeated == at - 1 else _NEXT, wish, found))
-                found = found_next
+                templates = _REFUSED if repeated == at - 1 else _NEXT
+                texts.append(go_on(templates, wish, searches[at - 1][1]))
             if repeated == at:
-                texts.append(search(_NEXT, wish, found))
+                texts.append(go_on(_NEXT, wish, found))
         hits = Counter(item for _, found in searches for item in set(found))
         again = [item for item in answer if hits[item] > 1][:3]
         closing = (

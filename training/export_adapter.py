@@ -20,8 +20,9 @@ from argparse import RawTextHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
 
-from deeprec.errors import DeepRecError, SettingsError
+from deeprec.errors import SettingsError
 from deeprec.graph.engine.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_SETTINGS
+from deeprec.terminal import tells_errors
 from deeprec.training.configuration import write_json, write_text
 
 _CARD = "README.md"
@@ -70,6 +71,7 @@ def export(final: Path, to: Path, base: str) -> Path:
     return to
 
 
+@tells_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; gives the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter)
@@ -77,11 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("to", type=Path, help="a folder that is not there yet")
     parser.add_argument("--base", required=True, help="hub name of the LLM")
     given = parser.parse_args(arguments)
-    try:
-        folder = export(given.final, given.to, given.base)
-    except DeepRecError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    folder = export(given.final, given.to, given.base)
     size = (folder / ADAPTER_WEIGHTS).stat().st_size / 2**20
     print(f"{folder}: {size:.1f} MiB of weights")
     return 0

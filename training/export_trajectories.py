@@ -23,9 +23,10 @@ from urllib.parse import urlsplit
 
 from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 
-from deeprec.errors import DeepRecError, TrajectoryError
+from deeprec.errors import TrajectoryError
 from deeprec.graph.engine.tokenizer import load_tokenizer
 from deeprec.settings import load_settings
+from deeprec.terminal import tells_errors
 from deeprec.training.trajectories import Trajectory, model_fingerprint
 from deeprec.training.trajectory_file import iter_trajectories, write_trajectories
 
@@ -162,6 +163,7 @@ def _is_sqlite(path: Path) -> bool:
         return file.read(len(_SQLITE)) == _SQLITE
 
 
+@tells_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; gives the exit code."""
     parser = argparse.ArgumentParser(
@@ -172,12 +174,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", help="hub name or folder of the LLM that made the runs")
     parser.add_argument("--thread", help="this LangGraph thread only")
     given = parser.parse_args(arguments)
-    try:
-        model = given.model or load_settings().model_name
-        count = export(given.source, given.output, model=model, thread=given.thread)
-    except DeepRecError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    model = given.model or load_settings().model_name
+    count = export(given.source, given.output, model=model, thread=given.thread)
     print(f"{count} trajectories are in {given.output}")
     return 0
 

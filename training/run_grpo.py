@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from rich.console import Console
 
-from deeprec.errors import DeepRecError, SettingsError
+from deeprec.errors import SettingsError
 from deeprec.graph.app import local_engine
 from deeprec.graph.build import build_graph
 from deeprec.graph.engine.limits import check_model_folder
 from deeprec.graph.engine.tokenizer import load_tokenizer
 from deeprec.graph.state import RunSettings
 from deeprec.settings import load_settings
+from deeprec.terminal import tells_errors
 from deeprec.tools.progress import trm_progress
 from deeprec.tools.workspace import Workspace
 from deeprec.training.card import FIGURES, leave_results, quarters
@@ -286,6 +287,7 @@ def _arguments(config: GRPORun, stage: StageRun, folder: Path) -> Any:
     )
 
 
+@tells_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; gives the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter)
@@ -303,11 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = vars(parser.parse_args(arguments))
     console = Console()
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-    try:
-        final = run(load_config(given.pop("config"), GRPORun, **given), console)
-    except DeepRecError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    final = run(load_config(given.pop("config"), GRPORun, **given), console)
     console.print(f"Trained: {final}", soft_wrap=True)
     return 0
 

@@ -21,11 +21,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 from rich.progress import Progress
 
-from deeprec.errors import DeepRecError, SettingsError
+from deeprec.errors import SettingsError
 from deeprec.graph.engine.limits import check_model_folder
 from deeprec.graph.engine.tokenizer import load_tokenizer
 from deeprec.graph.state import RunSettings
 from deeprec.settings import load_settings
+from deeprec.terminal import tells_errors
 from deeprec.tools.progress import trm_progress
 from deeprec.tools.workspace import Workspace
 from deeprec.training.card import leave_results
@@ -134,9 +135,9 @@ def dataset(runs: Sequence[Trajectory]) -> Dataset:
 def _labels(run: Trajectory) -> list[int]:
     labels = []
     # A turn of the policy ends where the environment answers.
-    answers = groupby(zip(run.authors, run.completion_ids, strict=True), lambda at: at[0])
+    pieces = groupby(zip(run.authors, run.completion_ids, strict=True), lambda at: at[0])
     turns = iter(run.turns)
-    for author, tokens in answers:
+    for author, tokens in pieces:
         learnt = author == "policy" and next(turns).refused is None
         labels += [token if learnt else -100 for _, token in tokens]
     return labels
@@ -207,6 +208,7 @@ def _checkpoint(output: Path) -> str | None:
     return get_last_checkpoint(str(folder)) if folder.exists() else None
 
 
+@tells_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; gives the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter)
@@ -216,11 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = vars(parser.parse_args(arguments))
     console = Console()
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-    try:
-        final = run(load_config(given.pop("config"), SFTRun, **given), console)
-    except DeepRecError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    final = run(load_config(given.pop("config"), SFTRun, **given), console)
     console.print(f"Trained: {final}", soft_wrap=True)
     return 0
 

@@ -20,8 +20,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
 from rich.console import Console
 
-from deeprec.errors import DeepRecError, TRMError
+from deeprec.errors import TRMError
 from deeprec.settings import load_settings
+from deeprec.terminal import tells_errors
 from deeprec.tools.interactions import InteractionData, Split, leave_one_out
 from deeprec.tools.progress import trm_progress
 from deeprec.tools.text_encoder import TextEncoder, item_embeddings
@@ -192,6 +193,7 @@ class Fitter:
         return self.pools[key]
 
 
+@tells_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; gives the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter)
@@ -203,11 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="instead of the file's output folder")
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of the file's seeds")
     given = vars(parser.parse_args(arguments))
-    try:
-        run(load_config(given.pop("config"), TRMRun, **given), Console())
-    except DeepRecError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    run(load_config(given.pop("config"), TRMRun, **given), Console())
     return 0
 
 

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -36,8 +36,8 @@ CONFIG = {
 @pytest.fixture
 def train(
     tiny_data: InteractionData, tiny_encoder_folder: Path, tiny_llm: str, tmp_path: Path
-) -> Callable[[Path], subprocess.Popen[bytes]]:
-    """Start a run that leaves its results in a folder."""
+) -> Iterator[Callable[[Path], subprocess.Popen[bytes]]]:
+    """Start a run that leaves its results in a folder; none outlives the test."""
     settings = load_settings(home=tmp_path, workspace="tiny", encoder=str(tiny_encoder_folder))
     tiny_data.save(Workspace(settings).dataset_dir)
     config = tmp_path / "config.yaml"
@@ -50,18 +50,24 @@ def train(
         "DEEPREC_ENGINE__KV_CACHE_GIB": "1",
     }
 
+    started: list[subprocess.Popen[bytes]] = []
+
     def start(output: Path) -> subprocess.Popen[bytes]:
         command = [sys.executable, "training/run_grpo.py", "--config", str(config)]
-        log = (tmp_path / f"{output.name}.log").open("ab")
-        return subprocess.Popen(
-            [*command, "--output", str(output)],
-            cwd=ROOT,
-            env=environment,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
+        with (tmp_path / f"{output.name}.log").open("ab") as log:
+            process = subprocess.Popen(
+                [*command, "--output", str(output)],
+                cwd=ROOT,
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        started.append(process)
+        return process
 
-    return start
+    yield start
+    for process in started:
+        process.kill()
 
 
 def during_generation(run: Path) -> bool:
