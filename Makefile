@@ -31,7 +31,7 @@ test-slow: $(VENV)/.installed-dev ## the tests that start engines of their own, 
 lint: $(VENV)/.installed-dev ## style, types and the floors of the design
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy -p deeprec.cli -p deeprec.demo -p deeprec.terminal -p deeprec.settings -p deeprec.errors -p deeprec.tools -p deeprec.graph -p deeprec.training -p deeprec.evals
+	$(BIN)/mypy -p deeprec.cli -p deeprec.demo -p deeprec.terminal -p deeprec.settings -p deeprec.configuration -p deeprec.errors -p deeprec.tools -p deeprec.graph -p deeprec.training -p deeprec.evals
 	$(BIN)/lint-imports
 
 format: $(VENV)/.installed-dev ## rewrite the code in the project's style

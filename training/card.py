@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from .configuration import write_json, write_text
+from ..configuration import write_json, write_text
 from .curves import History, draw
 from .policy import keep_run_settings
 

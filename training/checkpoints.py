@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .configuration import write_json
+from ..configuration import write_json
 
 _SEAL = "complete.json"
 _NAME = re.compile(r"checkpoint-(\d+)")

@@ -20,10 +20,10 @@ from argparse import RawTextHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
 
+from deeprec.configuration import write_json, write_text
 from deeprec.errors import SettingsError
 from deeprec.graph.engine.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_SETTINGS
 from deeprec.terminal import tells_errors
-from deeprec.training.configuration import write_json, write_text
 
 _CARD = "README.md"
 _NEEDED = (ADAPTER_WEIGHTS, ADAPTER_CONFIG, _CARD, RUN_SETTINGS)

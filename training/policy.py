@@ -7,9 +7,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..configuration import write_json
 from ..errors import SettingsError
 from ..graph.engine.adapter import ADAPTER_CONFIG, RUN_SETTINGS
-from .configuration import LoRA, write_json
+from .configuration import LoRA
 
 if TYPE_CHECKING:
     from torch import Tensor

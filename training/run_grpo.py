@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from rich.console import Console
 
+from deeprec.configuration import keep_config, load_config, write_json
 from deeprec.errors import SettingsError
 from deeprec.graph.app import local_engine
 from deeprec.graph.build import build_graph
@@ -31,13 +32,7 @@ from deeprec.terminal import tells_errors
 from deeprec.tools.progress import trm_progress
 from deeprec.tools.workspace import Workspace
 from deeprec.training.card import FIGURES, leave_results, quarters
-from deeprec.training.configuration import (
-    LoRA,
-    check_options,
-    keep_config,
-    load_config,
-    write_json,
-)
+from deeprec.training.configuration import LoRA, check_options
 from deeprec.training.ground import TARGETS_PER_USER, select_users, training_ground
 from deeprec.training.rewards import RewardConfig, Rewarder, Rules, Stage
 from deeprec.training.selection import Selection, SelectionConfig

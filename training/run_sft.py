@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 from rich.progress import Progress
 
+from deeprec.configuration import keep_config, load_config
 from deeprec.errors import SettingsError
 from deeprec.graph.engine.limits import check_model_folder
 from deeprec.graph.engine.tokenizer import load_tokenizer
@@ -30,12 +31,7 @@ from deeprec.terminal import tells_errors
 from deeprec.tools.progress import trm_progress
 from deeprec.tools.workspace import Workspace
 from deeprec.training.card import leave_results
-from deeprec.training.configuration import (
-    LoRA,
-    check_options,
-    keep_config,
-    load_config,
-)
+from deeprec.training.configuration import LoRA, check_options
 from deeprec.training.demonstrations import DemonstrationConfig, Demonstrator, demonstrate
 from deeprec.training.ground import TARGETS_PER_USER, select_users, training_ground
 from deeprec.training.head import score_labelled_positions_only

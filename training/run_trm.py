@@ -20,6 +20,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
 from rich.console import Console
 
+from deeprec.configuration import load_config
 from deeprec.errors import TRMError
 from deeprec.settings import load_settings
 from deeprec.terminal import tells_errors
@@ -35,7 +36,6 @@ from deeprec.tools.trm.preferences import PreferencePool
 from deeprec.tools.trm.record import FitRecord, RunSource
 from deeprec.tools.trm.report import RunResults, evaluate_folder, print_table
 from deeprec.tools.workspace import Workspace
-from deeprec.training.configuration import load_config
 
 
 class Variant(BaseModel):

@@ -6,6 +6,7 @@ import pytest
 import yaml
 from rich.console import Console
 
+from deeprec.configuration import load_config
 from deeprec.errors import DataError, SettingsError, TRMError
 from deeprec.tools.interactions import InteractionData, leave_one_out
 from deeprec.tools.text_encoder import TextEncoder, item_embeddings
@@ -15,7 +16,6 @@ from deeprec.tools.trm.evaluate import Judge
 from deeprec.tools.trm.model import TRM
 from deeprec.tools.trm.record import FitRecord, RunSource
 from deeprec.tools.trm.report import RunResults, evaluate_folder, print_table
-from deeprec.training.configuration import load_config
 from deeprec.training.run_trm import TRMRun, main, run
 
 SMALL = {"name": "deeprec", "dim": 16, "transition_dim": 8, "preference_dim": 8, "inner": 16}

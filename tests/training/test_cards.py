@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from deeprec.configuration import write_json
 from deeprec.errors import EngineError, RequestError, SettingsError
 from deeprec.graph.app import run_settings
 from deeprec.graph.engine.adapter import RUN_SETTINGS, trained_settings
@@ -14,7 +15,6 @@ from deeprec.graph.state import RunSettings
 from deeprec.settings import Settings
 from deeprec.training import compare_runs
 from deeprec.training.card import policy_card, quarters
-from deeprec.training.configuration import write_json
 from deeprec.training.curves import draw
 from deeprec.training.export_adapter import export, main
 from deeprec.training.policy import keep_run_settings

@@ -1,0 +1,103 @@
+"""Configuration files of runs: read, checked before anything is loaded, and kept.
+
+A run's folder holds the configuration that it was started with; going on with another one is
+refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from .errors import SettingsError
+
+ConfigT = TypeVar("ConfigT", bound=BaseModel)
+
+_KEPT = "config.json"
+
+
+def load_config(path: Path, model: type[ConfigT], **changes: object) -> ConfigT:
+    """Return the validated configuration; `changes` that are not None replace its fields.
+
+    Raises SettingsError that names the file and the field.
+    """
+    try:
+        raw = yaml.safe_load(Path(path).read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SettingsError(f"can't read the configuration {path}: {error}.") from error
+    if not isinstance(raw, dict):
+        raise SettingsError(f"{path} is not a configuration: it holds no fields.")
+    raw.update({key: value for key, value in changes.items() if value is not None})
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}"
+            for problem in error.errors()
+        )
+        raise SettingsError(f"{path}: {problems}") from error
+
+
+def keep_config(config: BaseModel, folder: Path, *, free: frozenset[str] = frozenset()) -> None:
+    """Write the configuration into a run's folder, or compare it with the one that is there.
+
+    Fields in `free` may change. Raises SettingsError that names the keys that differ.
+    """
+    path = Path(folder) / _KEPT
+    wanted = config.model_dump(mode="json")
+    if path.exists():
+        try:
+            kept = json.loads(path.read_text("utf-8"))
+        except (OSError, ValueError) as error:
+            raise SettingsError(f"can't read {path}: {error}. Give another output.") from error
+        before, now = _flat(kept), _flat(wanted)
+        changed = [
+            key
+            for key in sorted(before.keys() | now.keys())
+            if before.get(key) != now.get(key) and key.split(".")[0] not in free
+        ]
+        if changed:
+            raise SettingsError(
+                f"{folder} holds a run of another configuration; these keys differ: "
+                f"{', '.join(changed)}. Give another output, or the configuration it had."
+            )
+    write_json(path, wanted)
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write JSON into a file, whole or not at all. Raises SettingsError."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all. Raises SettingsError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+            Path(beside).chmod(0o644)
+            os.replace(beside, path)
+        except BaseException:
+            Path(beside).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise SettingsError(f"can't write {path}: {error}. Give another output.") from error
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
