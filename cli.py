@@ -162,6 +162,32 @@ def eval_trm(
     console.print(f"Written to {run / 'table.md'}", soft_wrap=True)
 
 
+@app.command("eval")
+def evaluate(
+    config: Annotated[Path, typer.Option(help="YAML file, see evals/configs.")],
+    output: Annotated[Path | None, typer.Option(help="Instead of the file's output.")] = None,
+) -> None:
+    """Judge recommenders on all test users; goes on where an earlier run was cut off."""
+    from .configuration import load_config
+    from .evals.config import EvalRun
+    from .evals.run_eval import run
+
+    run(load_config(config, EvalRun, output=output), console)
+
+
+@app.command()
+def eval_report(
+    runs: Annotated[list[Path], typer.Argument(help="Output folders of `deeprec eval`.")],
+    output: Annotated[Path, typer.Option(help="HTML file to write.")],
+) -> None:
+    """Write the report of an evaluation anew, or of several side by side."""
+    from .configuration import write_text
+    from .evals.report import report
+
+    write_text(output, report(runs))
+    console.print(f"Written to {output}", soft_wrap=True)
+
+
 @app.command()
 def index(workspace: WorkspaceOption = None) -> None:
     """Fill the catalog with the workspace's items and their vectors."""

@@ -67,3 +67,7 @@ class EngineError(DeepRecError):
 
 class TrajectoryError(DeepRecError):
     """A trajectory file or its source is missing, torn, of another schema, or holds no run."""
+
+
+class EvaluationError(DeepRecError):
+    """An evaluation has no test user, or its results are damaged, in use or of another data set."""

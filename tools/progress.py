@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -49,5 +50,34 @@ def trm_progress(console: Console) -> Iterator[Callable[[FitProgress], None]]:
                 without, with_preference = at.valid_ndcg
                 note += f", NDCG@10 {without:.3f} alone, {with_preference:.3f} with a preference"
             bars.update(tasks[at.stage], completed=at.step, total=at.total, note=note)
+
+        yield report
+
+
+@contextmanager
+def judged(
+    console: Console, title: str, *, done: int, total: int
+) -> Iterator[Callable[[int, str], None]]:
+    """Yield a callback that takes how many users are done, and a note beside the bar.
+
+    `done` of them were before. Where no bar can be drawn, ten lines are printed on the way.
+    """
+    columns = (
+        TextColumn("  {task.description:<24}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[rate]}{task.fields[note]}", style="dim"),
+    )
+    with Progress(*columns, console=console) as bars:
+        task = bars.add_task(title, total=total, completed=done, rate="", note="")
+        began = time.monotonic()
+
+        def report(now: int, note: str) -> None:
+            rate = (now - done) / max(time.monotonic() - began, 1e-9)
+            told = f"{rate:.3g} users/s, "
+            bars.update(task, completed=now, rate=told, note=note)
+            if not console.is_terminal and now * 10 // total > (now - 1) * 10 // total:
+                console.print(f"{title}: {now} of {total} users, {told}{note}", highlight=False)
 
         yield report

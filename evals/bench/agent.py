@@ -34,6 +34,7 @@ from ...terminal import run_app
 from ...tools.retriever import RetrievalRequest
 from ...tools.trm.scoring import ndcg
 from ...tools.workspace import Workspace
+from ..agent_figures import is_strict
 
 if TYPE_CHECKING:
     from langgraph.graph.state import CompiledStateGraph
@@ -82,12 +83,6 @@ def measure(
         "llm_tokens_per_second": round(tokens / seconds, 1),
         "llm_tokens_per_user": round(tokens / len(every), 1),
     }
-
-
-def is_strict(response: RecommendationResponse) -> bool:
-    """Whether a run counts in strict evaluation: it ended by itself and broke no format rule."""
-    ended = response.failure is None and response.stop_reason == "answered"
-    return ended and not response.violations
 
 
 def ranks(

@@ -18,11 +18,10 @@ from .blend import blend
 from .model import TRM
 from .preferences import HELD_OUT_TEMPLATES, HELD_OUT_TITLE_TEMPLATES, embed_preferences
 from .scoring import catalog_vectors, exclude, history_vectors, ndcg, recall, users_at_once
-from .vocabulary import Vocabulary, render
+from .vocabulary import Vocabulary, history_preference, render
 
 LIST = 20  # items in the default list (the paper's N)
 _TEMPLATE = "{name}: {}"
-_HISTORY_TERMS = 3  # values named by a preference from the history
 
 
 @dataclass(frozen=True)
@@ -79,11 +78,8 @@ def preference_texts(
         own = vocabulary.items[target]
         wording = HELD_OUT_TEMPLATES[rng.integers(len(HELD_OUT_TEMPLATES))]
         one = own[rng.integers(len(own)) :][:1] if own else ()
-        add(
-            "from history",
-            vocabulary.history_terms(history[-LIST:].tolist(), _HISTORY_TERMS),
-            _TEMPLATE,
-        )
+        usual = history_preference(vocabulary, history.tolist())
+        texts.setdefault("from history", []).append(usual)
         add("one target value", one, _TEMPLATE)
         add("all target values", own, _TEMPLATE)
         add("one, unseen wording", one, wording)

@@ -13,6 +13,7 @@ from ..interactions import Item
 
 _MAX_TERMS = 400  # attribute values that are used, most frequent first
 _DECADE = re.compile(r"\d{3}0s")
+_HISTORY, _HISTORY_TERMS = 20, 3  # items that a preference from the history reads; values named
 _YEAR = re.compile(r"(1[5-9]|20)\d\d")
 
 
@@ -96,6 +97,14 @@ def render(
 ) -> str:
     """A preference text: `render(v, terms, "{name}: {}")` gives e.g. "genres: Comedy; Drama"."""
     return template.format(joint.join(vocabulary.phrases(terms)), name=vocabulary.primary)
+
+
+def history_preference(vocabulary: Vocabulary, history: Sequence[int]) -> str | None:
+    """The commonest primary values among the latest items of a history, e.g. "genres: Comedy;
+    Drama"; None where nothing describes them.
+    """
+    terms = vocabulary.history_terms(history[-_HISTORY:], _HISTORY_TERMS)
+    return render(vocabulary, terms, "{name}: {}") if terms else None
 
 
 def _phrases(values: Sequence[str]) -> tuple[str, ...]:

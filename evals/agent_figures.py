@@ -1,0 +1,164 @@
+"""What an agent's stored runs say beyond its lists: searches, candidates, format, cost."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..graph.fusion import reciprocal_rank_fusion
+from ..graph.state import RecommendationResponse, RunSettings
+from .results import AgentFigures, ListName, TurnPoint
+from .statistics import Interval, intervals, paired_p
+
+_AUTHORS = ("prompt", "policy", "guided", "forced", "environment")
+
+
+def is_strict(response: RecommendationResponse) -> bool:
+    """Whether a run counts in strict evaluation: it ended by itself and broke no format rule."""
+    ended = response.failure is None and response.stop_reason == "answered"
+    return ended and not response.violations
+
+
+def lists_of(
+    runs: Sequence[RecommendationResponse | None], *, free: bool
+) -> dict[ListName, list[list[str | None]]]:
+    """Each run's lists; empty where there is no run. Strict ones exist in free decoding alone."""
+    named: dict[ListName, list[list[str | None]]] = {}
+    if free:
+        named["strict"] = [list(run.answer) if run and is_strict(run) else [] for run in runs]
+    named["served"] = [[line.id for line in run.recommendations] if run else [] for run in runs]
+    named["fused"] = [
+        [*reciprocal_rank_fusion([item.id for item in turn.retrieved] for turn in run.turns)]
+        if run
+        else []
+        for run in runs
+    ]
+    return named
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The runs of one agent, in the order of the users; None where a request was refused.
+
+    `alone` holds the one-based rank of each user's target in the TRM's own long list (0: absent),
+    or nothing where no such list was asked for.
+    """
+
+    recommender: str
+    settings: RunSettings
+    runs: Sequence[RecommendationResponse | None]
+    targets: Sequence[str]
+    alone: NDArray[np.int64] | None
+    resamples: int
+    seed: int
+
+    def figures(self) -> AgentFigures:
+        """All figures; a missing run counts as one that found and wrote nothing."""
+        there = [run for run in self.runs if run is not None]
+        answers = [[item for item in run.answer if item is not None] for run in there]
+        lines = [line for run in there for line in run.recommendations]
+        sizes = np.array([len(found) for found in self._candidates(None)])
+        found = self._found(None)
+        longer = self._longer(sizes)
+        filled = [
+            sum(line.filled for line in run.recommendations) if run else 0 for run in self.runs
+        ]
+        seconds = np.array([run.usage.seconds for run in there] or [0.0])
+        strict = [run is not None and is_strict(run) for run in self.runs]
+        return AgentFigures(
+            recommender=self.recommender,
+            settings=self.settings.model_dump(mode="json"),
+            users=len(self.runs),
+            failures=_counted(
+                run.failure.reason if run is not None and run.failure else "refused"
+                for run in self.runs
+                if run is None or run.failure is not None
+            ),
+            stop_reasons=_counted(run.stop_reason for run in there),
+            searches=dict(sorted(Counter(len(lists) for lists in self._lists).items())),
+            candidates=self._interval(sizes),
+            candidate_counts=tuple(sizes.tolist()),
+            found=self._interval(found),
+            longer=None if longer is None else self._interval(longer),
+            found_versus_longer_p=None
+            if longer is None
+            else paired_p(found, longer, resamples=self.resamples, seed=self.seed),
+            turns=self._turns(),
+            strict=self._interval(strict) if self.settings.decoding == "free" else None,
+            broken_rules=_counted(rule for run in there for rule in run.violations),
+            answer_lines=sum(len(run.answer) for run in there),
+            invented_lines=sum(run.answer.count(None) for run in there),
+            repeated_lines=sum(len(ids) - len(set(ids)) for ids in answers),
+            lines_by_source=_counted(line.source for line in lines),
+            filled_lines=self._interval(filled),
+            tokens={
+                author: _mean(getattr(run.usage, f"{author}_tokens") for run in there)
+                for author in _AUTHORS
+            },
+            generations=_mean(run.usage.generations for run in there),
+            seconds={
+                "mean": float(seconds.mean()),
+                "median": float(np.median(seconds)),
+                "95th percentile": float(np.quantile(seconds, 0.95)),
+            },
+        )
+
+    @cached_property
+    def _lists(self) -> list[list[list[str]]]:
+        """Each run's retrieved lists, as ids."""
+        return [
+            [[item.id for item in turn.retrieved] for turn in run.turns if turn.retrieved]
+            if run
+            else []
+            for run in self.runs
+        ]
+
+    def _candidates(self, searches: int | None) -> list[set[str]]:
+        """Distinct items that each run's first searches retrieved (None: all its searches)."""
+        return [{item for found in lists[:searches] for item in found} for lists in self._lists]
+
+    def _found(self, searches: int | None) -> NDArray[np.float64]:
+        pairs = zip(self._candidates(searches), self.targets, strict=True)
+        return np.array([target in found for found, target in pairs], dtype=np.float64)
+
+    def _longer(self, sizes: NDArray[np.int64]) -> NDArray[np.float64] | None:
+        if self.alone is None:
+            return None
+        return ((self.alone > 0) & (self.alone <= sizes)).astype(np.float64)
+
+    def _turns(self) -> tuple[TurnPoint, ...]:
+        """The curve; a run that stopped earlier keeps what it had."""
+        points = []
+        for searches in range(1, max((len(lists) for lists in self._lists), default=0) + 1):
+            sizes = np.array([len(found) for found in self._candidates(searches)])
+            longer = self._longer(sizes)
+            points.append(
+                TurnPoint(
+                    searches=searches,
+                    runs=sum(len(lists) >= searches for lists in self._lists),
+                    candidates=float(sizes.mean()),
+                    found=self._interval(self._found(searches)),
+                    longer=None if longer is None else self._interval(longer),
+                )
+            )
+        return tuple(points)
+
+    def _interval(self, values: Iterable[float] | NDArray[np.floating]) -> Interval:
+        table = np.array([list(values)], dtype=np.float64)
+        (found,) = intervals(table, resamples=self.resamples, seed=self.seed)
+        return found
+
+
+def _counted(values: Iterable[str]) -> dict[str, int]:
+    counts: Mapping[str, int] = Counter(values)
+    return dict(sorted(counts.items()))
+
+
+def _mean(values: Iterable[float]) -> float:
+    listed = list(values)
+    return sum(listed) / len(listed) if listed else 0.0

@@ -1,0 +1,123 @@
+"""What recommenders answered, as JSON lines that grow user by user and outlive a kill.
+
+A line is written whole or is torn: a last line without its end is dropped when the file is read,
+and its user asked again. Anything else that can't be read is an error.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from ..errors import EvaluationError
+from ..graph.state import OUTAGES, RecommendationResponse
+
+
+class Ranking(BaseModel):
+    """What one user got: item ids, best first; an agent's whole run with it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    user: str
+    items: tuple[str, ...]
+    failure: str | None = None  # why there is no list; counts as a miss
+    run: RecommendationResponse | None = None
+
+    @property
+    def is_outage(self) -> bool:
+        """Whether the engine or the catalog failed, which says nothing about the recommender."""
+        failed = None if self.run is None else self.run.failure
+        return failed is not None and failed.reason in OUTAGES
+
+
+class Store:
+    """The file of one recommender. Use it in a `with` block to append."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._handle: int | None = None
+
+    def read(self, users: Iterable[str]) -> dict[str, Ranking]:
+        """What is stored, by user, in the order of `users`.
+
+        A later line of a user replaces one that an outage ended. Raises EvaluationError for a
+        damaged line, a user who is not asked about, and one who is there twice.
+        """
+        wanted = dict.fromkeys(users)
+        found: dict[str, Ranking] = {}
+        for number, line in enumerate(self._lines(), 1):
+            try:
+                ranking = Ranking.model_validate_json(line)
+            except ValidationError as error:
+                raise EvaluationError(
+                    f"{self.path}, line {number} is damaged: {error.errors()[0]['msg']}. Remove "
+                    "the line; its user is then asked again."
+                ) from error
+            if ranking.user not in wanted:
+                raise EvaluationError(
+                    f"{self.path}, line {number}: user {ranking.user!r} is not among the "
+                    f"{len(wanted)} test users. Give another output."
+                )
+            earlier = found.get(ranking.user)
+            if earlier is not None and not earlier.is_outage:
+                raise EvaluationError(
+                    f"{self.path}, line {number}: user {ranking.user!r} is there twice. Remove "
+                    "one of the lines."
+                )
+            found[ranking.user] = ranking
+        return {user: found[user] for user in wanted if user in found}
+
+    def append(self, ranking: Ranking) -> None:
+        """Add one user, whom a kill of this process can't take away again.
+
+        Raises EvaluationError where the disk is full.
+        """
+        if self._handle is None:
+            raise RuntimeError("append needs an open store")
+        line = ranking.model_dump_json().encode() + b"\n"
+        try:
+            written = os.write(self._handle, line)
+        except OSError as error:
+            raise self._unwritable(str(error)) from error
+        if written < len(line):
+            raise self._unwritable(f"{written} of {len(line)} bytes were written")
+
+    def __enter__(self) -> Store:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+            os.ftruncate(self._handle, self._whole())
+        except OSError as error:
+            raise self._unwritable(str(error)) from error
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._handle is not None:
+            os.fsync(self._handle)
+            os.close(self._handle)
+            self._handle = None
+
+    def _unwritable(self, why: str) -> EvaluationError:
+        return EvaluationError(
+            f"can't write {self.path}: {why}. Free disk space, or give another output; what is "
+            "written already stays."
+        )
+
+    def _content(self) -> bytes:
+        return self.path.read_bytes() if self.path.exists() else b""
+
+    def _whole(self) -> int:
+        """Bytes up to the end of the last whole line."""
+        return self._content().rfind(b"\n") + 1
+
+    def _lines(self) -> list[bytes]:
+        return self._content()[: self._whole()].splitlines()
