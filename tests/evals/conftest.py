@@ -40,7 +40,14 @@ def place(
 
 
 def config(output: Path, **changes: Any) -> EvalRun:
-    fields = {"output": output, "k": 5, "depth": 20, "resamples": 200, "recommenders": BASELINES}
+    fields = {
+        "output": output,
+        "workspace": "tiny",
+        "k": 5,
+        "depth": 20,
+        "resamples": 200,
+        "recommenders": BASELINES,
+    }
     metrics = {"metrics": ["recall@1", "recall@5", "ndcg@5", "mrr"], "compare_by": "ndcg@5"}
     return EvalRun.model_validate({**fields, **metrics, **changes})
 

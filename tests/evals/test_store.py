@@ -88,12 +88,12 @@ def test_a_later_answer_replaces_an_outage(store: Store) -> None:
 
 def test_a_place_that_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(EvaluationError, match="Give another output|give another output"):
+    with pytest.raises(EvaluationError, match="or give another output"):
         write(Store(tmp_path / "file" / "a.jsonl"))
 
 
 def test_a_full_disk_is_told(monkeypatch: pytest.MonkeyPatch, store: Store) -> None:
     with store:
         monkeypatch.setattr("os.write", lambda *_: 3)
-        with pytest.raises(EvaluationError, match="3 of .* bytes were written. Free disk space"):
+        with pytest.raises(EvaluationError, match=r"3 of \d+ bytes were written\. Free disk space"):
             store.append(one("u", "1"))
