@@ -43,6 +43,7 @@ def test_p_by_hand() -> None:
     assert paired_p(ours, theirs, resamples=1000, seed=0) == pytest.approx(2 / 8)
     assert paired_p(theirs, ours, resamples=1000, seed=0) == pytest.approx(2 / 8)
     assert paired_p(ours, ours, resamples=1000, seed=0) == 1
+    assert paired_p(ours[2:], theirs[2:], resamples=1000, seed=0) == 1  # of both ways, both
 
 
 def test_p_of_noise_and_of_a_difference() -> None:

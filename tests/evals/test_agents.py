@@ -1,0 +1,260 @@
+"""The agent in an evaluation: the real graph over a scripted policy."""
+
+import asyncio
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deeprec.errors import EngineError, RequestError, SettingsError
+from deeprec.evals import agents
+from deeprec.evals.agent_figures import is_strict
+from deeprec.evals.agents import Agent, policy_digest
+from deeprec.evals.config import AgentEntry
+from deeprec.evals.results import Results
+from deeprec.evals.store import Ranking
+from deeprec.evals.task import Task, User
+from deeprec.graph.fusion import reciprocal_rank_fusion
+from deeprec.graph.state import RecommendationResponse
+from deeprec.settings import Settings
+from deeprec.tools.retriever import RetrievalRequest
+from deeprec.tools.workspace import Workspace
+
+from ..graph.conftest import Said, ScriptedEngine
+from ..graph.test_loop import answer, ask
+from .conftest import Evaluate
+
+RUN = {
+    "decoding": "free",
+    "answer_form": "numbers",
+    "retrieve_n": 4,
+    "limits": {"max_retrievals": 3},
+}
+AGENT = {
+    "trm": {"kind": "trm"},
+    "agent": {"kind": "agent", "settings": RUN},
+}
+SMALL = {
+    "k": 2,
+    "metrics": ["recall@2", "ndcg@2"],
+    "compare_by": "ndcg@2",
+    "users": 4,
+    "concurrency": 1,
+    "past": ["excluded"],
+    "recommenders": AGENT,
+}
+GOOD = ("<think>\n" + ask("comedy"), ask("horror"), "So.</think>", answer("#3", "#1"), "")
+REPEATS = ("<think>\n" + ask("western"), "So.</think>", answer("#2", "#2"), "")
+INVENTS = ("<think>\n" + ask("drama"), "So.</think>", answer("#1", "#99"), "")
+OUTAGE = (EngineError("the engine is gone"),)
+
+Play = Callable[..., Results]
+
+
+@pytest.fixture
+def play(run: Evaluate, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Play:
+    """Evaluate with an engine that says a script."""
+
+    def go(*script: Said, **changes: Any) -> Results:
+        engine = ScriptedEngine(script, 8192)
+        monkeypatch.setattr(agents, "load_engine", lambda _: engine)
+        results = run(tmp_path / "run", **{**SMALL, **changes})
+        assert not engine.script
+        return results
+
+    return go
+
+
+def stored(tmp_path: Path) -> dict[str, RecommendationResponse]:
+    lines = (tmp_path / "run" / "rankings" / "agent.jsonl").read_text().splitlines()
+    rankings = [Ranking.model_validate_json(line) for line in lines]
+    return {ranking.user: ranking.run for ranking in rankings if ranking.run}
+
+
+def test_every_kind_of_run_counts(play: Play, place: Workspace, tmp_path: Path) -> None:
+    results = play(*GOOD, *REPEATS, *OUTAGE, *INVENTS)
+    task = Task.of(place.data, place.split, limit=4, seed=0)
+    runs = stored(tmp_path)
+    users = [user.id for user in task.users]
+    assert list(runs) == users
+    assert [is_strict(runs[user]) for user in users] == [True, False, False, False]
+    rows = {row.label: row for row in results.rows}
+    assert list(rows) == ["trm", "agent, strict", "agent, served", "agent, lists fused"]
+    strict = [runs[user].answer if is_strict(runs[user]) else [] for user in users]
+    served = [[line.id for line in runs[user].recommendations] for user in users]
+    found = [[[item.id for item in turn.retrieved] for turn in runs[user].turns] for user in users]
+    fused = [reciprocal_rank_fusion(lists)[:2] for lists in found]
+    for name, lists in (("strict", strict), ("served", served), ("lists fused", fused)):
+        hits = [task.targets[user] in ids for user, ids in zip(users, lists, strict=True)]
+        assert rows[f"agent, {name}"].metrics["recall@2"].mean == sum(hits) / 4
+        assert rows[f"agent, {name}"].users == 4
+        assert rows[f"agent, {name}"].failures == 1
+    assert rows["agent, strict"].short == 3
+    assert rows["agent, served"].short == 0
+    (figures,) = results.agents
+    assert figures.strict is not None
+    assert figures.strict.mean == 0.25
+    # A run that an outage ended has written nothing, which the rules mind too.
+    assert figures.broken_rules["duplicate_line"] == 1
+    assert figures.broken_rules["not_retrieved"] == 1
+    assert figures.failures == {"engine_failure": 1}
+    assert figures.stop_reasons == {"answered": 3, "engine_failure": 1}
+    assert figures.searches == {0: 1, 1: 2, 2: 1}
+    assert (figures.answer_lines, figures.invented_lines, figures.repeated_lines) == (6, 1, 1)
+    assert figures.lines_by_source["policy"] == 2 + 1 + 1
+    assert figures.filled_lines.mean == (0 + 1 + 2 + 1) / 4
+    counts = tuple(len({item for ids in lists for item in ids}) for lists in found)
+    assert figures.candidate_counts == counts
+    assert counts[2] == 0
+    assert figures.tokens["policy"] > figures.tokens["guided"] == 0
+
+
+def test_candidates_stand_against_a_list_of_as_many(
+    play: Play, place: Workspace, tmp_path: Path
+) -> None:
+    results = play(*GOOD, *GOOD, *REPEATS, *INVENTS)
+    task = Task.of(place.data, place.split, limit=4, seed=0)
+    runs = stored(tmp_path)
+    agents_hits, alone_hits, first = [], [], []
+    for user in task.users:
+        lists = [[item.id for item in turn.retrieved] for turn in runs[user.id].turns]
+        candidates = {item for ids in lists for item in ids}
+        request = RetrievalRequest(user.history, k=len(candidates), exclude=frozenset(user.history))
+        (alone,) = place.retriever.retrieve([request])
+        target = task.targets[user.id]
+        agents_hits.append(target in candidates)
+        alone_hits.append(target in {item.id for item in alone})
+        first.append(target in lists[0])
+    (figures,) = results.agents
+    assert figures.found.mean == sum(agents_hits) / 4
+    assert figures.longer is not None
+    assert figures.longer.mean == sum(alone_hits) / 4
+    assert [point.searches for point in figures.turns] == [1, 2]
+    assert [point.runs for point in figures.turns] == [4, 2]
+    assert figures.turns[0].found.mean == sum(first) / 4
+    assert figures.turns[0].candidates == 4
+    assert figures.turns[1].found == figures.found
+    assert figures.turns[1].longer == figures.longer
+
+
+def test_without_the_trm_nothing_stands_against_the_candidates(play: Play) -> None:
+    results = play(*GOOD * 4, recommenders={"agent": AGENT["agent"]})
+    (figures,) = results.agents
+    assert figures.longer is figures.found_versus_longer_p is None
+    assert all(row.versus is None for row in results.rows)
+
+
+def test_who_met_an_outage_is_asked_again_and_nobody_else(play: Play, tmp_path: Path) -> None:
+    before = play(*GOOD, *OUTAGE, *GOOD, *GOOD)
+    assert before.agents[0].failures == {"engine_failure": 1}
+    after = play(*GOOD)
+    assert after.agents[0].failures == {}
+    assert len(stored(tmp_path)) == 4
+    whole = play()  # nobody is left to ask
+    assert whole == after
+
+
+def test_guided_runs_are_judged_as_served(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {**RUN, "decoding": "guided"}
+    results = play(*OUTAGE * 4, recommenders={"agent": {"kind": "agent", "settings": settings}})
+    assert [row.label for row in results.rows] == ["agent, served", "agent, lists fused"]
+    assert results.agents[0].strict is None
+
+
+def test_a_refused_request_is_a_miss(
+    play: Play, place: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    own = place.histories(hold_out=True)
+    gone = Task.of(place.data, place.split, limit=4, seed=0).users[1].id
+    monkeypatch.setattr(
+        Workspace, "histories", lambda *_, **__: {u: h for u, h in own.items() if u != gone}
+    )
+    results = play(*GOOD * 3)
+    assert results.agents[0].failures == {"refused": 1}
+    assert {row.failures for row in results.rows if row.recommender == "agent"} == {1}
+    assert results.agents[0].searches == {0: 1, 2: 3}
+    lines = (tmp_path / "run" / "rankings" / "agent.jsonl").read_text().splitlines()
+    (told,) = [json.loads(line) for line in lines if json.loads(line)["run"] is None]
+    assert f"user '{gone}' is unknown" in told["failure"]
+
+
+def test_agents_of_one_llm_share_its_engine(
+    run: Evaluate, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    loaded, closed = [], []
+
+    class Engine(ScriptedEngine):
+        def close(self) -> None:
+            closed.append(self)
+
+    def load(settings: Settings) -> Engine:
+        loaded.append(settings.model)
+        return Engine(GOOD * 8, 8192)
+
+    monkeypatch.setattr(agents, "load_engine", load)
+    one = {"kind": "agent", "settings": RUN}
+    entries = {"a": one, "b": one, "c": {**one, "model": "another"}}
+    run(tmp_path / "run", **{**SMALL, "recommenders": entries})
+    assert loaded == [None, "another"]
+    assert len(closed) == 2
+
+
+@pytest.mark.parametrize(
+    ("entry", "error", "says"),
+    [
+        ({"settings": {"wurst": 1}}, RequestError, "wurst"),
+        ({"settings": {"retrieve_n": 20}}, SettingsError, "may retrieve 160 items"),
+        ({"adapter": "/no/such/adapter", "settings": RUN}, EngineError, "/no/such/adapter"),
+    ],
+)
+def test_a_wrong_agent_is_told_before_anything_runs(
+    run: Evaluate, tmp_path: Path, entry: dict[str, Any], error: type[Exception], says: str
+) -> None:
+    with pytest.raises(error, match=says):
+        run(tmp_path / "run", **{**SMALL, "recommenders": {"a": {"kind": "agent", **entry}}})
+    assert not (tmp_path / "run" / "rankings").exists()
+
+
+def test_an_adapter_is_known_by_its_content(place: Workspace, tmp_path: Path) -> None:
+    digests = []
+    for content in (b"a", b"b"):
+        (tmp_path / "adapter_model.safetensors").write_bytes(content)
+        entry = AgentEntry(kind="agent", adapter=tmp_path)
+        digests.append(policy_digest(place.settings, entry))
+    assert digests[0] != digests[1]
+
+
+class Slow:
+    """A graph that counts how many runs are in it."""
+
+    def __init__(self) -> None:
+        self.inside = self.most = self.ended = 0
+
+    async def ainvoke(self, request: object) -> dict[str, object]:
+        self.inside += 1
+        self.most = max(self.most, self.inside)
+        try:
+            await asyncio.sleep(0.01)
+        finally:
+            self.inside -= 1
+            self.ended += 1
+        raise RequestError("no")
+
+
+def test_runs_share_the_engine_within_the_limit() -> None:
+    graph = Slow()
+    users = [User(str(n), ("1",)) for n in range(7)]
+    found = list(Agent(lambda: graph, 3).recommend(users))  # type: ignore[arg-type,return-value]
+    assert sorted(ranking.user for ranking in found) == [user.id for user in users]
+    assert graph.most == 3
+
+
+def test_runs_end_when_nobody_asks_on() -> None:
+    graph = Slow()
+    answers = Agent(lambda: graph, 2).recommend([User(str(n), ("1",)) for n in range(9)])  # type: ignore[arg-type,return-value]
+    next(answers)
+    answers.close()  # type: ignore[attr-defined]
+    assert graph.inside == 0
+    assert graph.ended <= 4
