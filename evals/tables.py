@@ -22,7 +22,7 @@ class Table:
         """As Markdown."""
         lines = [self.head, ("---", *("---:" for _ in self.head[1:])), *self.rows]
         body = "\n".join(f"| {' | '.join(map(_plain, cells))} |" for cells in lines)
-        return f"### {self.title}\n\n{self.note}\n\n{body}\n"
+        return f"### {_plain(self.title)}\n\n{_plain(self.note)}\n\n{body}\n"
 
 
 def tables(results: Results) -> list[Table]:
