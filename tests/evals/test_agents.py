@@ -6,18 +6,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from deeprec.errors import EngineError, RequestError, SettingsError
 from deeprec.evals import agents
-from deeprec.evals.agent_figures import is_strict
+from deeprec.evals.agent_figures import Runs, is_strict
 from deeprec.evals.agents import Agent, policy_digest
 from deeprec.evals.config import AgentEntry
 from deeprec.evals.results import Results
 from deeprec.evals.store import Ranking
 from deeprec.evals.task import Task, User
 from deeprec.graph.fusion import reciprocal_rank_fusion
-from deeprec.graph.state import RecommendationResponse
+from deeprec.graph.state import RecommendationResponse, RunSettings
 from deeprec.settings import Settings
 from deeprec.tools.retriever import RetrievalRequest
 from deeprec.tools.workspace import Workspace
@@ -258,3 +259,53 @@ def test_runs_end_when_nobody_asks_on() -> None:
     answers.close()  # type: ignore[attr-defined]
     assert graph.inside == 0
     assert graph.ended <= 4
+
+
+def played(*lists: list[str]) -> RecommendationResponse:
+    turns = [
+        {
+            "thought": "t",
+            "preference": f"p{at}",
+            "retrieved": [{"id": item, "title": item, "score": 0.0} for item in ids],
+        }
+        for at, ids in enumerate(lists)
+    ]
+    return RecommendationResponse.model_validate(
+        {
+            "recommendations": [],
+            "turns": turns,
+            "answer": [],
+            "violations": [],
+            "stop_reason": "answered",
+            "failure": None,
+            "usage": {"retrievals": len(lists), "seconds": 2.0, "policy_tokens": 10},
+        }
+    )
+
+
+def test_candidates_by_hand() -> None:
+    """Three users with 3, 2 and no candidates, whose targets the TRM alone ranks 3rd, 3rd, 1st."""
+    figures = Runs(
+        recommender="a",
+        settings=RunSettings(decoding="free"),
+        runs=[played(["x", "y"], ["y", "t"]), played(["t", "y"]), None],
+        targets=["t", "t", "t"],
+        alone=np.array([3, 3, 1]),
+        resamples=200,
+        seed=0,
+    ).figures()
+    assert figures.candidate_counts == (3, 2, 0)
+    assert figures.candidates.mean == pytest.approx(5 / 3)
+    assert figures.found.mean == pytest.approx(2 / 3)
+    assert figures.longer is not None
+    assert figures.longer.mean == pytest.approx(1 / 3)
+    first, second = figures.turns
+    assert (first.runs, first.candidates) == (2, pytest.approx(4 / 3))
+    assert first.found.mean == pytest.approx(1 / 3)
+    assert first.longer is not None
+    assert first.longer.mean == 0
+    assert (second.runs, second.found) == (1, figures.found)
+    assert figures.searches == {0: 1, 1: 1, 2: 1}
+    assert figures.failures == {"refused": 1}
+    assert figures.tokens["policy"] == 10
+    assert figures.seconds["median"] == 2
