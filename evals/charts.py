@@ -72,7 +72,7 @@ def turns(agent: AgentFigures) -> str:
         axes.set_title("target among the candidates")
         axes.legend(frameon=False)
 
-    return _svg(draw, width=4.4, height=2.8)
+    return _svg(draw, width=5, height=2.8)
 
 
 def distributions(agent: AgentFigures) -> str:
@@ -86,9 +86,9 @@ def distributions(agent: AgentFigures) -> str:
         left.set_ylabel("runs")
         counts = Counter(agent.candidate_counts)
         right.bar(list(counts), list(counts.values()), color=_AGENT, width=1)
-        right.set_title("distinct candidates of a run")
+        right.set_title("distinct candidates")
 
-    return _svg(draw, width=4.4, height=2.8)
+    return _svg(draw, width=5, height=2.8)
 
 
 def _line(

@@ -86,7 +86,7 @@ class EvalRun(BaseModel):
     compare_by: str = "ndcg@10"  # names the best baseline, and what is tested against it
     past: tuple[Past, ...] = Field(("excluded", "included"), min_length=1)  # of baselines
     seed: int = Field(0, ge=0)  # of the users' sample, of sampling, of resampling
-    resamples: int = Field(2000, ge=100)  # of bootstraps and of permutation tests
+    resamples: int = Field(5000, ge=100)  # of bootstraps and of permutation tests
     concurrency: int = Field(16, ge=1)  # runs of an agent at the same time
     traces: int = Field(3, ge=0)  # runs of an agent that the report tells, of each outcome
     recommenders: dict[Name, Entry] = Field(min_length=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -192,4 +193,4 @@ def _means(values: dict[str, float]) -> str:
 
 def _plain(cell: str) -> str:
     """Keep a table a table, whatever stands in it."""
-    return " ".join(cell.split()).replace("|", "\\|").replace("<", "&lt;")
+    return re.sub(r"<(?=\S)", "&lt;", " ".join(cell.split()).replace("|", "\\|"))
