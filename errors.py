@@ -67,3 +67,7 @@ class EngineError(DeepRecError):
 
 class TrajectoryError(DeepRecError):
     """A trajectory file or its source is missing, torn, of another schema, or holds no run."""
+
+
+class EvaluationError(DeepRecError):
+    """An evaluation can't be made: what is asked for, its data or a peer's environment."""
