@@ -15,7 +15,7 @@ TORCH_CPU := https://download.pytorch.org/whl/cpu
 # Where this is set, every start would compile all that it imports anew (half a minute here).
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-slow lint format studio bench train-smoke install clean
+.PHONY: demo test test-slow lint format studio bench train-smoke recbole install clean
 
 demo: $(VENV)/.installed ## set up, train the TRM, and watch the agent recommend for three users
 	$(BIN)/deeprec demo
@@ -46,6 +46,14 @@ bench: $(VENV)/.installed ## guided runs over 100 test users: validity and speed
 
 train-smoke: $(VENV)/.installed-dev ## after make demo: a short run of GRPO from the shipped warm start, with SEED
 	$(BIN)/python training/run_grpo.py --config training/configs/smoke_ml100k.yaml --seed $(SEED) --output runs/smoke-$(SEED)
+
+recbole: .venv-recbole/.installed ## RecBole's models as peers, in an environment of their own
+
+.venv-recbole/.installed: evals/recbole/requirements.txt
+	$(PYTHON) -m venv .venv-recbole
+	.venv-recbole/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	.venv-recbole/bin/python -m pip install --quiet --disable-pip-version-check --no-deps recbole==1.2.1
+	touch $@
 
 install: $(VENV)/.installed ## the package and its engine in .venv
 

@@ -70,4 +70,6 @@ class TrajectoryError(DeepRecError):
 
 
 class EvaluationError(DeepRecError):
-    """An evaluation has no test user, or its results are damaged, in use or of another data set."""
+    """An evaluation has no test user, its results are damaged, in use or of another data set, or a
+    peer's environment is missing or fails.
+    """

@@ -86,6 +86,8 @@ class Rollouts:
         settings: of a run; sampled freely, a limit ends it without a list.
         folder: of the run; trajectories go there.
         model: name of the policy.
+        group_size: runs of a prompt. Where TRL asks for fewer rows of it, those go back whose
+            rewards vary most.
         seed: of sampling.
         shuffle_rewards: deal a step's rewards out at random: the control that must not learn.
 
@@ -102,6 +104,7 @@ class Rollouts:
         settings: RunSettings,
         folder: Path,
         model: str,
+        group_size: int,
         seed: int,
         shuffle_rewards: bool = False,
     ) -> None:
@@ -115,14 +118,16 @@ class Rollouts:
         )
         self._folder = folder
         self._model = model
+        self._group_size = group_size
         self._seed = seed
         self._shuffle = shuffle_rewards
         self._loop = LoopThread("deeprec-rollouts")
         self._synced: int | None = None
         self._clock = Clock()
+        self._figures: dict[str, float] = {}
 
     def __call__(self, prompts: Sequence[str], trainer: Any) -> dict[str, list[Any]]:
-        """Play the prompts; one row each, in order. Called by TRL."""
+        """Play the prompts; one row each, in order. Called by TRL, each group in one piece."""
         clock = self._clock
         began = time.perf_counter()
         clock.update = began - clock.left_at if clock.left_at is not None else 0.0
@@ -131,9 +136,10 @@ class Rollouts:
             self._load_weights(plain_weights(trainer.accelerator.unwrap_model(trainer.model)))
             self._synced = step
         synced = time.perf_counter()
-        ids = _distinct(prompts)
-        runs = self._loop.submit(self._play(prompts, ids, step)).result()
-        played = time.perf_counter()
+        groups = Counter(prompts)
+        played = [prompt for prompt in groups for _ in range(self._group_size)]
+        runs = self._loop.submit(self._play(played, step)).result()
+        finished = time.perf_counter()
         rewards = self._rewarder(runs)
         runs = [
             run.model_copy(update={"rewards": reward})
@@ -141,20 +147,25 @@ class Rollouts:
         ]
         write_part(self._folder, f"{self._plan.stage}-{step:06d}", runs)
         clock.left_at = time.perf_counter()
-        clock.sync, clock.generate = synced - began, played - synced
-        clock.reward = clock.left_at - played
+        clock.sync, clock.generate = synced - began, finished - synced
+        clock.reward = clock.left_at - finished
+        self._figures = describe(runs, self._rewarder)
         totals = [reward.total for reward in rewards]
         if self._shuffle:
             dealt = np.random.default_rng([self._seed, step]).permutation(len(totals))
             totals = [totals[at] for at in dealt]
-        return rows(runs, int(self._tokenizer.eos_token_id)) | {"run": runs, "total": totals}
+        kept: list[int] = []
+        for nth, rows_wanted in enumerate(groups.values()):
+            first = nth * self._group_size
+            group = totals[first : first + self._group_size]
+            kept += [first + at for at in widest(group, rows_wanted)]
+        eos = int(self._tokenizer.eos_token_id)
+        return rows([runs[at] for at in kept], eos) | {"total": [totals[at] for at in kept]}
 
-    async def _play(
-        self, prompts: Sequence[str], ids: Sequence[str], step: int
-    ) -> list[Trajectory]:
+    async def _play(self, prompts: Sequence[str], step: int) -> list[Trajectory]:
         played = (
-            self._run(prompt, id_, nth, step)
-            for nth, (prompt, id_) in enumerate(zip(prompts, ids, strict=True))
+            self._run(prompt, f"{prompt}/{nth % self._group_size}", nth, step)
+            for nth, prompt in enumerate(prompts)
         )
         return list(await asyncio.gather(*played))
 
@@ -179,13 +190,14 @@ class Rollouts:
     def reward(
         self,
         *,
-        run: Sequence[Trajectory],
         total: Sequence[float | None],
         log_metric: Callable[[str, float], None],
         **_: object,
     ) -> list[float | None]:
-        """TRL's reward function: the totals of the runs, and what the step's log says of them."""
-        for name, value in (describe(run, self._rewarder) | self._times()).items():
+        """TRL's reward function: the totals of its rows. What it logs is of all the step's runs,
+        also of those that are not trained on.
+        """
+        for name, value in (self._figures | self._times()).items():
             log_metric(name, value)
         return list(total)
 
@@ -201,6 +213,27 @@ class Rollouts:
     def close(self) -> None:
         """End the loop's thread."""
         self._loop.close()
+
+
+def widest(totals: Sequence[float | None], count: int) -> list[int]:
+    """Places of the `count` runs of a group whose rewards have the greatest variance, in order.
+
+    They are some of the lowest and some of the highest: max-variance down-sampling (arXiv
+    2504.13818, §3.2). A run without a reward is taken only where there are too few others.
+    """
+    rewarded = [(total, at) for at, total in enumerate(totals) if total is not None]
+    lacking = [at for at, total in enumerate(totals) if total is None]
+    order = [at for _, at in sorted(rewarded)]
+    values = np.array([total for total, _ in sorted(rewarded)])
+    if len(order) <= count:
+        return sorted(order + lacking[: count - len(order)])
+
+    def variance(low: int) -> float:
+        return float(np.concatenate([values[:low], values[len(values) - count + low :]]).var())
+
+    # Of equal splits the most even one.
+    low = max(range(count + 1), key=lambda low: (round(variance(low), 9), -abs(2 * low - count)))
+    return sorted(order[:low] + order[len(order) - count + low :])
 
 
 def rows(runs: Sequence[Trajectory], eos: int) -> dict[str, list[Any]]:
@@ -240,13 +273,3 @@ def describe(runs: Sequence[Trajectory], rewarder: Rewarder) -> dict[str, float]
     figures["run/policy_tokens"] = own / len(runs)
     figures["run/masked_share"] = 1 - own / max(1, tokens)
     return figures
-
-
-def _distinct(prompts: Sequence[str]) -> list[str]:
-    """An id per row: the prompt, and which of its group it is."""
-    seen: Counter[str] = Counter()
-    ids = []
-    for prompt in prompts:
-        ids.append(f"{prompt}/{seen[prompt]}")
-        seen[prompt] += 1
-    return ids

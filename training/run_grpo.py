@@ -101,6 +101,8 @@ class GRPORun(BaseModel):
     )
     prompts_per_step: int = Field(8, ge=1)
     group_size: int = Field(4, ge=2)  # runs of each prompt
+    # Of a group, the runs that are trained on: those whose rewards vary most. None: all.
+    kept_per_group: int | None = Field(None, ge=2)
     rows_per_pass: int = Field(4, ge=1)  # runs in one forward and backward pass
     run: RunSettings = RunSettings(
         answer_form="numbers", retrieve_n=10, history_length=10, temperature=1.0
@@ -112,11 +114,15 @@ class GRPORun(BaseModel):
 
     @model_validator(mode="after")
     def _fits_together(self) -> GRPORun:
-        rows = self.prompts_per_step * self.group_size
+        if self.kept > self.group_size:
+            raise ValueError(
+                f"kept_per_group {self.kept} is more than the group_size {self.group_size}"
+            )
+        rows = self.prompts_per_step * self.kept
         if rows % self.rows_per_pass:
             raise ValueError(
-                f"rows_per_pass {self.rows_per_pass} does not divide the {rows} runs of a step "
-                "(prompts_per_step times group_size)"
+                f"rows_per_pass {self.rows_per_pass} does not divide the {rows} runs that a step "
+                "trains on (prompts_per_step times kept_per_group, or group_size)"
             )
         names = [stage.stage for stage in self.stages]
         if len(set(names)) < len(names):
@@ -132,6 +138,11 @@ class GRPORun(BaseModel):
         if self.run.temperature == 0:
             raise ValueError("run.temperature is 0: a group of greedy runs has nothing to compare")
         return self
+
+    @property
+    def kept(self) -> int:
+        """Runs of a group that are trained on."""
+        return self.group_size if self.kept_per_group is None else self.kept_per_group
 
 
 def run(config: GRPORun, console: Console) -> Path:
@@ -219,6 +230,7 @@ def train_stage(
         settings=config.run,
         folder=config.output,
         model=engine.name,
+        group_size=config.group_size,
         seed=config.seed,
         shuffle_rewards=config.shuffle_rewards,
     )
@@ -254,7 +266,7 @@ def _arguments(config: GRPORun, stage: StageRun, folder: Path) -> Any:
     from trl import GRPOConfig
 
     gpu = torch.cuda.is_available()
-    rows = config.prompts_per_step * config.group_size
+    rows = config.prompts_per_step * config.kept
     # arXiv 2505.16810: a group's mean is the baseline, undivided; no KL term.
     defaults: dict[str, Any] = {
         "beta": 0.0,
@@ -271,7 +283,7 @@ def _arguments(config: GRPORun, stage: StageRun, folder: Path) -> Any:
         output_dir=str(folder),
         seed=config.seed,
         max_steps=stage.steps,
-        num_generations=config.group_size,
+        num_generations=config.kept,
         per_device_train_batch_size=config.rows_per_pass,
         gradient_accumulation_steps=rows // config.rows_per_pass,
         # The plan has its own order, and is one epoch: only so does a resumed run see the same.

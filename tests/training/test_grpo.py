@@ -2,7 +2,9 @@
 
 import json
 from collections.abc import Iterator
+from itertools import combinations
 from pathlib import Path
+from statistics import pvariance
 from typing import Any
 
 import pytest
@@ -23,7 +25,7 @@ from deeprec.tools.interactions import InteractionData, leave_one_out
 from deeprec.tools.retriever import Retriever
 from deeprec.tools.text_encoder import TextEncoder
 from deeprec.tools.workspace import Workspace
-from deeprec.training import run_grpo
+from deeprec.training import rollout, run_grpo
 from deeprec.training.checkpoints import newest_whole, seal
 from deeprec.training.configuration import LoRA
 from deeprec.training.curves import draw
@@ -31,7 +33,7 @@ from deeprec.training.demonstrations import DemonstrationConfig, Demonstrator, d
 from deeprec.training.ground import training_ground
 from deeprec.training.policy import load_policy, plain_weights
 from deeprec.training.rewards import RewardConfig, Rewarder
-from deeprec.training.rollout import Plan, describe, rows
+from deeprec.training.rollout import Plan, describe, rows, widest
 from deeprec.training.run_grpo import GRPORun, train_stage
 from deeprec.training.selection import Example, SelectionConfig, candidates, select
 from deeprec.training.trainer import Trainer, without_padding
@@ -83,6 +85,31 @@ def test_a_steps_figures(
     assert figures["run/masked_share"] == 0
 
 
+@pytest.mark.parametrize(
+    ("totals", "count", "places"),
+    [
+        ([0.5, 1.0, -1.0, 0.6], 2, [1, 2]),
+        ([1.0, 1.0, -1.0, 1.0], 2, [2, 3]),
+        ([0.0, 0.1, 0.2, 0.3, 5.0, 5.1], 4, [0, 1, 4, 5]),
+        ([0.0, 0.0, 0.0, 0.0, 0.0, 1.0], 3, [0, 1, 5]),
+        ([1.0, 1.0, 1.0, 1.0], 2, [0, 3]),
+        ([None, 0.5, None, 0.7], 2, [1, 3]),
+        ([None, 0.5, None, 0.7], 3, [0, 1, 3]),
+        ([None, None], 2, [0, 1]),
+        ([0.2, 0.1], 2, [0, 1]),
+    ],
+)
+def test_the_runs_that_are_kept_have_the_greatest_variance(
+    totals: list[float | None], count: int, places: list[int]
+) -> None:
+    kept = widest(totals, count)
+    assert kept == places
+    given = [total for total in totals if total is not None]
+    if len(given) > count:
+        chosen = pvariance([total for at in kept if (total := totals[at]) is not None])
+        assert chosen == pytest.approx(max(map(pvariance, combinations(given, count))))
+
+
 GOOD: dict[str, Any] = {"output": "out", "stages": [{"stage": "cold_start", "steps": 1}]}
 
 
@@ -91,6 +118,8 @@ GOOD: dict[str, Any] = {"output": "out", "stages": [{"stage": "cold_start", "ste
     [
         ({"group_size": 1}, "group_size"),
         ({"rows_per_pass": 5}, "rows_per_pass 5"),
+        ({"kept_per_group": 5}, "kept_per_group 5"),
+        ({"kept_per_group": 2, "rows_per_pass": 32}, "the 16 runs"),
         ({"stages": [{"stage": "cold_start", "steps": 1, "weights": {"hit": 1}}]}, "'hit'"),
         ({"stages": [{"stage": "recommendation", "steps": 1}]}, "goes on from"),
         ({"start": "/no/such/run"}, "/no/such/run"),
@@ -282,14 +311,22 @@ def test_engine_and_trainer_agree_at_every_step(
     def reward(_: Rewarder, runs: list[Trajectory]) -> list[Rewards]:
         return [Rewards(format=-1.0, total=float(sum(run.completion_ids) % 5)) for run in runs]
 
+    trained_on: list[str] = []
+
+    def watched_rows(runs: list[Trajectory], eos: int) -> dict[str, list[Any]]:
+        trained_on.extend(run.id for run in runs)
+        return rows(runs, eos)
+
     monkeypatch.setattr(Rewarder, "__call__", reward)
+    monkeypatch.setattr(rollout, "rows", watched_rows)
     config = GRPORun.model_validate(
         {
             "output": str(tmp_path / "run"),
             "stages": [{"stage": "cold_start", "steps": 3}],
             "selection": {"shares": {"cold_start": 1}, "top": 40},
             "prompts_per_step": 2,
-            "group_size": 2,
+            "group_size": 3,
+            "kept_per_group": 2,
             "run": RunSettings(
                 k=2, history_length=3, temperature=1.0, limits=Limits(max_new_tokens=24)
             ),
@@ -315,7 +352,12 @@ def test_engine_and_trainer_agree_at_every_step(
         assert any(row.get("grad_norm", 0) > 0 for row in log)
         first = read_trajectories(config.output)
         weights = (folder / "final" / "model.safetensors").read_bytes()
-        assert len({run.id for run in first}) == 12
+        assert len({run.id for run in first}) == 18
+        ids = [run.id for run in first]
+        groups = [first[at : at + 3] for at in range(0, 18, 3)]
+        assert all(len({run.id.rpartition("/")[0] for run in group}) == 1 for group in groups)
+        kept = [widest([run.rewards.total for run in group], 2) for group in groups]
+        assert trained_on == [ids[3 * n + at] for n, places in enumerate(kept) for at in places]
         # The newest checkpoint is torn, as by a kill; its step is made again.
         (folder / "checkpoint-3" / "model.safetensors").write_bytes(b"")
         train()

@@ -1,0 +1,69 @@
+"""RecBole as a peer: what goes over, what comes back, and that its numbers are the same as ours."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from deeprec.errors import EvaluationError
+from deeprec.evals.recbole.peer import PYTHON, run_recbole
+from deeprec.tools.interactions import InteractionData, leave_one_out
+from deeprec.tools.trm.scoring import ndcg, recall
+
+there = pytest.mark.skipif(
+    not PYTHON.exists(), reason="RecBole's environment is not there (make recbole)"
+)
+
+
+def test_a_missing_environment_is_named(tiny_data: InteractionData) -> None:
+    with pytest.raises(EvaluationError, match=r"/no/python.*make recbole"):
+        run_recbole(tiny_data, "SASRec", epochs=1, python=Path("/no/python"))
+
+
+def test_a_failure_of_recbole_is_told(tiny_data: InteractionData) -> None:
+    # Our own Python has no RecBole.
+    with pytest.raises(EvaluationError, match="No package metadata was found for recbole"):
+        run_recbole(tiny_data, "SASRec", epochs=1, python=Path(sys.executable))
+
+
+def test_names_that_would_part_fields_are_refused(tiny_data: InteractionData) -> None:
+    users = ("a\tb", *tiny_data.user_ids[1:])
+    with pytest.raises(EvaluationError, match=r"user id 'a\\tb'"):
+        run_recbole(
+            replace(tiny_data, user_ids=users),
+            "SASRec",
+            epochs=1,
+            python=Path(sys.executable),
+        )
+
+
+@there
+def test_its_numbers_are_those_of_its_rankings(tiny_data: InteractionData) -> None:
+    result = run_recbole(
+        tiny_data,
+        "SASRec",
+        epochs=2,
+        top=len(tiny_data.items),
+        options={"hidden_size": 8, "inner_size": 8, "n_heads": 1, "n_layers": 1},
+    )
+    split = leave_one_out(tiny_data)
+    targets = {
+        user: tiny_data.items[int(item)].id
+        for user, item in zip(tiny_data.user_ids, split.test, strict=True)
+        if item >= 0
+    }
+    assert {row.user: row.target for row in result.rankings} == targets
+    assert len(result.epoch_seconds) == 2
+    assert result.examples == sum(len(sequence) - 1 for sequence in split.train)
+    ranks = np.array([row.past_included.index(row.target) for row in result.rankings])
+    for k in (1, 5, 10, 20):
+        assert recall(ranks, k) == pytest.approx(result.report[f"recall@{k}"], abs=1e-4)
+        assert ndcg(ranks, k) == pytest.approx(result.report[f"ndcg@{k}"], abs=1e-4)
+    for row in result.rankings:
+        sequence = tiny_data.sequence(tiny_data.user_ids.index(row.user))
+        past = {tiny_data.items[int(item)].id for item in sequence}
+        assert set(row.past_excluded) & past == {row.target}
+        kept = [item for item in row.past_included if item not in past or item == row.target]
+        assert kept == row.past_excluded
