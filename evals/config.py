@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from ..graph.state import MAX_K
 from .metrics import parse_metric
+from .recbole.peer import PYTHON, RecBoleModel
 
 Past = Literal["excluded", "included"]
 """Whether what a user has had may be recommended again."""
@@ -60,8 +61,20 @@ class AgentEntry(_Part):
         return settings
 
 
+class RecBoleEntry(_Part):
+    """A sequential model of RecBole, fitted for this run in an environment of its own."""
+
+    kind: Literal["recbole"]
+    model: RecBoleModel
+    epochs: int = Field(50, ge=1)  # at most; RecBole stops early on validation
+    threads: int = Field(2, ge=1)  # of the CPU
+    python: Path = PYTHON  # of RecBole's environment (`make recbole`)
+    options: dict[str, Any] = Field(default_factory=dict)  # of RecBole's configuration
+
+
 Entry = Annotated[
-    PopularityEntry | MarkovEntry | TRMEntry | AgentEntry, Field(discriminator="kind")
+    PopularityEntry | MarkovEntry | TRMEntry | RecBoleEntry | AgentEntry,
+    Field(discriminator="kind"),
 ]
 """A recommender to judge. A new kind is one more class here, and a case in recommenders.py."""
 

@@ -1,8 +1,8 @@
 """The one path that every recommender takes: asked, stored user by user, judged, reported.
 
 A run's folder holds config.json (what was asked for, and of which parts), rankings/ (JSON lines,
-one file a recommender), and what is made of them at the end: results.json, per_user.parquet,
-table.md and report.html.
+one file a recommender), peers/ (what other libraries' models answered, and their own report), and
+what is made of them at the end: results.json, per_user.parquet, table.md and report.html.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ if TYPE_CHECKING:
     from ..graph.state import RunSettings
     from .config import Past
 
-RANKINGS, TABLE, REPORT, CONFIG = "rankings", "table.md", "report.html", "config.json"
+RANKINGS, PEERS = "rankings", "peers"
+TABLE, REPORT, CONFIG = "table.md", "report.html", "config.json"
 _NEEDED = ("filelock", "ir_measures", "jinja2", "matplotlib")
 _VERSIONS = ("deeprec-agent", "ir-measures", "scipy", "torch")
 # What may change between a run and the one that goes on with it.
@@ -123,7 +124,15 @@ class _Round:
         if isinstance(entry, AgentEntry):
             settings = self.settings[name]
             return Agent(lambda: self.engines.graph(entry, settings), self.config.concurrency)
-        return recommender_of(entry, self.task, self.workspace, past=past, depth=self.config.depth)
+        return recommender_of(
+            entry,
+            self.task,
+            self.workspace,
+            past=past,
+            depth=self.config.depth,
+            seed=self.config.seed,
+            fitted=self.config.output / PEERS / f"{name}.json",
+        )
 
     def _ask(
         self,

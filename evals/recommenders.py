@@ -8,17 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..configuration import write_text
 from ..errors import RequestError
 from ..tools.retriever import RetrievalRequest, Retriever
 from ..tools.trm.baselines import Markov
 from ..tools.trm.vocabulary import Vocabulary, history_preference
 from ..tools.workspace import Workspace
-from .config import MarkovEntry, Past, PopularityEntry, TRMEntry
+from .config import MarkovEntry, Past, PopularityEntry, RecBoleEntry, TRMEntry
+from .recbole.peer import PeerResult, run_recbole
 from .store import Ranking
 from .task import Task, User
 
@@ -38,16 +41,21 @@ class Recommender(Protocol):
 
 
 def recommender_of(
-    entry: PopularityEntry | MarkovEntry | TRMEntry,
+    entry: PopularityEntry | MarkovEntry | TRMEntry | RecBoleEntry,
     task: Task,
     workspace: Workspace,
     *,
     past: Past,
     depth: int,
+    seed: int,
+    fitted: Path,
 ) -> Recommender:
     """The recommender that a configuration names; lists hold `depth` items where so many are
-    eligible. Raises DeepRecError where a part of the workspace is missing.
+    eligible. `fitted` is the file where what a peer of this entry answered is kept, so that it is
+    fitted once. Raises DeepRecError where a part of the workspace is missing.
     """
+    if isinstance(entry, RecBoleEntry):
+        return Peer(entry, task, depth, past, seed, fitted)
     if isinstance(entry, TRMEntry):
         return TRMAlone(task, workspace.retriever, depth, past, entry.preference == "history")
     if isinstance(entry, MarkovEntry):
@@ -80,6 +88,44 @@ class Scored:
                 if self.past == "excluded":
                     order = order[~np.isin(order, history)]
                 yield Ranking(user=user.id, items=tuple(items[at].id for at in order[: self.depth]))
+
+
+@dataclass(frozen=True)
+class Peer:
+    """Ranks by a model of RecBole. It is fitted when it is first asked, for all test users and
+    under both rules for the past, and its answers are kept in the file `fitted`.
+    """
+
+    entry: RecBoleEntry
+    task: Task
+    depth: int
+    past: Past
+    seed: int
+    fitted: Path
+
+    def recommend(self, users: Sequence[User]) -> Iterator[Ranking]:
+        """See Recommender. Raises EvaluationError where RecBole's environment is missing."""
+        ranked = {ranking.user: ranking for ranking in self._result().rankings}
+        for user in users:
+            found = ranked[user.id]
+            items = found.past_included if self.past == "included" else found.past_excluded
+            yield Ranking(user=user.id, items=tuple(items))
+
+    def _result(self) -> PeerResult:
+        if self.fitted.exists():
+            return PeerResult.model_validate_json(self.fitted.read_bytes())
+        result = run_recbole(
+            self.task.data,
+            self.entry.model,
+            epochs=self.entry.epochs,
+            seed=self.seed,
+            threads=self.entry.threads,
+            top=self.depth,
+            options=self.entry.options,
+            python=self.entry.python,
+        )
+        write_text(self.fitted, result.model_dump_json(indent=1) + "\n")
+        return result
 
 
 @dataclass(frozen=True)

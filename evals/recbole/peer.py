@@ -21,6 +21,8 @@ from ...tools.interactions import InteractionData
 PYTHON = Path(".venv-recbole/bin/python")
 """Where `make recbole` puts the environment, from the project's root."""
 
+RecBoleModel = Literal["SASRec", "GRU4Rec"]
+
 _WORKER = Path(__file__).with_name("worker.py")
 _DATASET = "peer"
 
@@ -56,7 +58,7 @@ class PeerResult(BaseModel):
 
 def run_recbole(
     data: InteractionData,
-    model: Literal["SASRec", "GRU4Rec"],
+    model: RecBoleModel,
     *,
     epochs: int,
     seed: int = 0,

@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 
 from deeprec.errors import EvaluationError
-from deeprec.evals.recbole.peer import PYTHON, run_recbole
+from deeprec.evals import recommenders
+from deeprec.evals.recbole.peer import PYTHON, PeerResult, run_recbole
 from deeprec.tools.interactions import InteractionData, leave_one_out
 from deeprec.tools.trm.scoring import ndcg, recall
+
+from .conftest import Evaluate
 
 there = pytest.mark.skipif(
     not PYTHON.exists(), reason="RecBole's environment is not there (make recbole)"
@@ -67,3 +70,23 @@ def test_its_numbers_are_those_of_its_rankings(tiny_data: InteractionData) -> No
         assert set(row.past_excluded) & past == {row.target}
         kept = [item for item in row.past_included if item not in past or item == row.target]
         assert kept == row.past_excluded
+
+
+@there
+def test_it_is_judged_as_it_judges_itself(
+    run: Evaluate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = {"hidden_size": 8, "inner_size": 8, "n_heads": 1, "n_layers": 1}
+    entry = {"kind": "recbole", "model": "SASRec", "epochs": 2, "options": small}
+    entry["python"] = str(PYTHON.absolute())
+    results = run(recommenders={"SASRec": entry})
+    rows = {row.label: row.metrics for row in results.rows}
+    kept = PeerResult.model_validate_json((tmp_path / "run/peers/SASRec.json").read_bytes())
+    for ours, theirs in (("recall@1", "recall@1"), ("recall@5", "recall@5"), ("ndcg@5", "ndcg@5")):
+        mean = rows["SASRec, past included"][ours].mean
+        assert mean == pytest.approx(kept.report[theirs], abs=1e-4)
+    assert rows["SASRec"]["recall@5"].mean >= rows["SASRec, past included"]["recall@5"].mean
+    # What it answered is kept: a run that goes on does not fit again.
+    (tmp_path / "run/rankings/SASRec.jsonl").unlink()
+    monkeypatch.setattr(recommenders, "run_recbole", None)
+    assert run(recommenders={"SASRec": entry}).rows == results.rows
