@@ -58,7 +58,7 @@ def keep_config(config: BaseModel, folder: Path, *, free: frozenset[str] = froze
             kept = json.loads(path.read_text("utf-8"))
         except (OSError, ValueError) as error:
             raise SettingsError(f"can't read {path}: {error}. Give another output.") from error
-        before, now = _flat(kept), _flat(wanted)
+        before, now = flat(kept), flat(wanted)
         changed = [
             key
             for key in sorted(before.keys() | now.keys())
@@ -105,11 +105,12 @@ def replacing(path: Path) -> Iterator[Path]:
         raise SettingsError(f"can't write {path}: {error}. Give another output.") from error
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Give the innermost values of nested mappings by their dotted keys."""
+    found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
+            found |= flat(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = value
-    return flat
+            found[prefix + key] = value
+    return found

@@ -10,15 +10,14 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 from rich.console import Console
 
 from ..configuration import keep_config, write_text
@@ -74,7 +73,7 @@ def evaluate(config: EvalRun, workspace: Workspace, console: Console) -> Results
         made_of = _made_of(config, workspace, settings)
         _check_dataset(config.output, made_of)
         keep_config(_Kept(**config.model_dump(), made_of=made_of), config.output, free=_FREE)
-        with Engines(workspace) as engines:
+        with closing(Engines(workspace)) as engines:
             answers = _Round(config, task, workspace, engines, settings, console).answers()
         with console.status("Judging"):
             return _conclude(config, task, workspace, answers, made_of)
@@ -145,25 +144,27 @@ class _Round:
         """Store every answer as it comes; `found` grows with it."""
         total = len(self.task.users)
         wanted = {user.id for user in missing}
-        scores = {user: self._score(ranking) for user, ranking in found.items()}
+        summed = self._score(found.values())
         with judged(self.console, title, done=total - len(wanted), total=total) as report:
             for ranking in recommender.recommend(missing):
                 if ranking.user not in wanted:
                     raise RuntimeError(f"{title} answered for {ranking.user!r}, who was not asked")
                 wanted.remove(ranking.user)
                 store.append(ranking)
+                before = found.get(ranking.user)  # ended by an outage
+                summed += self._score([ranking]) - self._score([before] if before else [])
                 found[ranking.user] = ranking
-                scores[ranking.user] = self._score(ranking)
-                mean = np.mean(list(scores.values()))
+                mean = summed / len(found)
                 report(total - len(wanted), f"{self.config.compare_by} {mean:.3f}")
         if wanted:
             raise RuntimeError(f"{title} left out {len(wanted)} users, e.g. {min(wanted)!r}")
 
-    def _score(self, ranking: Ranking) -> float:
-        """One user's value of the leading metric, for the progress bar."""
+    def _score(self, rankings: Collection[Ranking]) -> float:
+        """Sum of the leading metric over users, for the progress bar."""
         k, known = self.config.k, self.task.data.item_index
-        place = ranks([check(ranking.items, k, known)], [self.task.targets[ranking.user]])
-        return float(values(place, [self.config.compare_by], k)[0, 0])
+        lists = [check(ranking.items, k, known) for ranking in rankings]
+        places = ranks(lists, [self.task.targets[ranking.user] for ranking in rankings])
+        return float(values(places, [self.config.compare_by], k).sum())
 
 
 def _conclude(

@@ -8,7 +8,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 if TYPE_CHECKING:
     from .trm.fit import FitProgress
@@ -17,13 +24,7 @@ if TYPE_CHECKING:
 @contextmanager
 def counted(console: Console, title: str) -> Iterator[Callable[[int, int], None]]:
     """Yield a callback that takes how many are done, and of how many."""
-    columns = (
-        TextColumn("  {task.description:<24}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*_columns(), console=console, transient=True) as bar:
         task = bar.add_task(title, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
@@ -31,15 +32,8 @@ def counted(console: Console, title: str) -> Iterator[Callable[[int, int], None]
 @contextmanager
 def trm_progress(console: Console) -> Iterator[Callable[[FitProgress], None]]:
     """Yield the callback of `fit`: a bar for the preferences, one for the steps."""
-    columns = (
-        TextColumn("  {task.description:<24}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}", style="dim"),
-    )
     titles = {"preferences": "embedding preferences", "fit": "training the TRM"}
-    with Progress(*columns, console=console) as bars:
+    with Progress(*_columns("{task.fields[note]}"), console=console) as bars:
         tasks = {}
 
         def report(at: FitProgress) -> None:
@@ -62,22 +56,26 @@ def judged(
 
     `done` of them were before. Where no bar can be drawn, ten lines are printed on the way.
     """
-    columns = (
-        TextColumn("  {task.description:<24}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[rate]}{task.fields[note]}", style="dim"),
-    )
-    with Progress(*columns, console=console) as bars:
-        task = bars.add_task(title, total=total, completed=done, rate="", note="")
+    with Progress(*_columns("{task.fields[note]}"), console=console) as bars:
+        task = bars.add_task(title, total=total, completed=done, note="")
         began = time.monotonic()
 
         def report(now: int, note: str) -> None:
             rate = (now - done) / max(time.monotonic() - began, 1e-9)
-            told = f"{rate:.3g} users/s, "
-            bars.update(task, completed=now, rate=told, note=note)
+            told = f"{rate:.3g} users/s, {note}"
+            bars.update(task, completed=now, note=told)
             if not console.is_terminal and now * 10 // total > (now - 1) * 10 // total:
-                console.print(f"{title}: {now} of {total} users, {told}{note}", highlight=False)
+                console.print(f"{title}: {now} of {total} users, {told}", highlight=False)
 
         yield report
+
+
+def _columns(note: str = "") -> tuple[ProgressColumn, ...]:
+    """What every bar shows, and a note behind it where there is one."""
+    shown = (
+        TextColumn("  {task.description:<24}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    return (*shown, TextColumn(note, style="dim")) if note else shown

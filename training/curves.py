@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..configuration import replacing
 from ..errors import SettingsError
 
 History = Sequence[Mapping[str, Any]]
@@ -81,7 +82,5 @@ def _write(
         axes.set_axis_off()
     if title is not None:
         figure.suptitle(title)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}")
-    figure.savefig(beside, format="png", dpi=120)
-    beside.replace(path)
+    with replacing(path) as beside:
+        figure.savefig(beside, format="png", dpi=120)

@@ -221,10 +221,10 @@ def widest(totals: Sequence[float | None], count: int) -> list[int]:
     They are some of the lowest and some of the highest: max-variance down-sampling (arXiv
     2504.13818, §3.2). A run without a reward is taken only where there are too few others.
     """
-    rewarded = [(total, at) for at, total in enumerate(totals) if total is not None]
+    rewarded = sorted((total, at) for at, total in enumerate(totals) if total is not None)
     lacking = [at for at, total in enumerate(totals) if total is None]
-    order = [at for _, at in sorted(rewarded)]
-    values = np.array([total for total, _ in sorted(rewarded)])
+    order = [at for _, at in rewarded]
+    values = np.array([total for total, _ in rewarded])
     if len(order) <= count:
         return sorted(order + lacking[: count - len(order)])
 

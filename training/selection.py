@@ -8,9 +8,6 @@ can't be brought in by any preference; those in its top 100 can (METHOD.md §5, 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from ..errors import DataError
+from ..configuration import write_json
+from ..errors import DataError, SettingsError
 from ..tools.interactions import InteractionData, Split, leave_one_out
 
 if TYPE_CHECKING:
@@ -95,19 +93,9 @@ class Selection(BaseModel):
 
     def save(self, path: Path) -> None:
         """Write the file, whole or not at all. Raises DataError."""
-        path = Path(path)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-            try:
-                with os.fdopen(handle, "w", encoding="utf-8") as file:
-                    file.write(json.dumps(self.model_dump(mode="json"), indent=1) + "\n")
-                Path(beside).chmod(0o644)
-                os.replace(beside, path)
-            except BaseException:
-                Path(beside).unlink(missing_ok=True)
-                raise
-        except OSError as error:
+            write_json(Path(path), self.model_dump(mode="json"))
+        except SettingsError as error:
             raise DataError(f"can't write the selection to {path}: {error}") from error
 
     @classmethod

@@ -7,13 +7,9 @@ workspace's folder `bench`. Every user counts: a run that fails is a failure in 
 from __future__ import annotations
 
 import asyncio
-import json
-import os
-import platform
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from datetime import date
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,17 +20,18 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
+from ...configuration import write_text
 from ...errors import RequestError
 from ...graph.app import load_graph, run_settings
 from ...graph.fusion import reciprocal_rank_fusion
 from ...graph.requests import parse_request
 from ...graph.state import Failure, RecommendationResponse, Usage
 from ...settings import load_settings
-from ...terminal import run_app
 from ...tools.retriever import RetrievalRequest
 from ...tools.trm.scoring import ndcg
 from ...tools.workspace import Workspace
 from ..agent_figures import is_strict
+from .command import leave, run_benchmark
 
 if TYPE_CHECKING:
     from langgraph.graph.state import CompiledStateGraph
@@ -225,24 +222,16 @@ def main(
         responses, _alone(workspace, histories, targets, settings.k), targets, settings.k
     )
     report = {
-        "date": date.today().isoformat(),
-        "machine": {
-            "cores": os.cpu_count(),
-            "system": platform.platform(),
-            "python": platform.python_version(),
-        },
         "model": workspace.settings.model_name.rpartition("/")[2],
         "adapter": workspace.settings.adapter and _two_names(workspace.settings.adapter),
         "settings": settings.model_dump(mode="json"),
         "concurrency": concurrency,
         "figures": figures,
     }
-    folder = workspace.folder / "bench"
-    folder.mkdir(exist_ok=True)
     rows = [f"| {name} | {_shown(value)} |" for name, value in figures.items()]
     table = "\n".join(["| figure | value |", "| --- | --- |", *rows])
-    _replace(folder / f"agent-{settings.decoding}.json", json.dumps(report, indent=2) + "\n")
-    _replace(folder / f"agent-{settings.decoding}.md", table + "\n")
+    folder = leave(workspace, f"agent-{settings.decoding}", report)
+    write_text(folder / f"agent-{settings.decoding}.md", table + "\n")
     for name, value in figures.items():
         console.print(f"{name:<24}{_shown(value)}", highlight=False)
     console.print(f"Written to {folder}", soft_wrap=True)
@@ -274,13 +263,5 @@ def _shown(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_suffix(path.suffix + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
-
-
 if __name__ == "__main__":
-    app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
-    app.command()(main)
-    run_app(app)
+    run_benchmark(main)

@@ -7,24 +7,18 @@ and without a preference, once by each search. Writes hnsw_recall.json into the 
 
 from __future__ import annotations
 
-import json
-import os
-import platform
 from collections.abc import Sequence
-from datetime import date
 from statistics import fmean
 from typing import Literal
 
-import typer
 from rich.console import Console
 from rich.table import Table
 
 from ...settings import Settings, load_settings
-from ...terminal import run_app
 from ...tools.retriever import RetrievalRequest
-from ...tools.trm.record import write_text
 from ...tools.trm.vocabulary import Vocabulary, render
 from ...tools.workspace import Workspace
+from .command import leave, run_benchmark
 
 _K = 20
 _COLUMNS = ("users", "list_overlap", "same_list", "recall_exact", "recall_hnsw")
@@ -106,16 +100,12 @@ def main() -> None:
         for (kind, group), one, other in zip(kinds.items(), exact, hnsw, strict=True)
     }
     report = {
-        "date": date.today().isoformat(),
-        "machine": {"system": platform.platform(), "cores": os.cpu_count()},
         "workspace": settings.workspace,
         "items": len(workspace.data.items),
         "k": _K,
         "preference": figures,
     }
-    folder = workspace.folder / "bench"
-    folder.mkdir(exist_ok=True)
-    write_text(folder / "hnsw_recall.json", json.dumps(report, indent=2) + "\n")
+    folder = leave(workspace, "hnsw_recall", report)
     table = Table("preference", *(name.replace("_", " ") for name in _COLUMNS))
     for kind, row in figures.items():
         table.add_row(kind, *(f"{row[name]:.4g}" for name in _COLUMNS))
@@ -124,6 +114,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
-    app.command()(main)
-    run_app(app)
+    run_benchmark(main)

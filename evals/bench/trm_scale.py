@@ -8,13 +8,9 @@ folder `bench`; the sentence encoder is that of the settings.
 
 from __future__ import annotations
 
-import json
-import os
-import platform
 import resource
 import time
 from concurrent.futures import ProcessPoolExecutor
-from datetime import date
 from multiprocessing import get_context
 from typing import Annotated
 
@@ -24,14 +20,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ...configuration import write_text
 from ...settings import load_settings
-from ...terminal import run_app
 from ...tools.interactions import InteractionData, Item, leave_one_out
 from ...tools.text_encoder import TextEncoder
 from ...tools.trm.config import DeepRecConfig, FitConfig
 from ...tools.trm.fit import fit
 from ...tools.workspace import Workspace
+from .command import leave, run_benchmark
 from .pace import Pace
 
 _CATEGORIES, _LENGTH, _STAYS = 200, 20, 0.8
@@ -102,15 +97,11 @@ def main(
             encoder = workspace.settings.encoder_name
             rows.append(apart.submit(measure, size, users, threads, encoder).result())
     report = {
-        "date": date.today().isoformat(),
-        "machine": {"system": platform.platform(), "cores": os.cpu_count()},
         "users": users,
         "threads": threads,
         "rows": rows,
     }
-    folder = workspace.folder / "bench"
-    folder.mkdir(exist_ok=True)
-    write_text(folder / "trm_scale.json", json.dumps(report, indent=2) + "\n")
+    folder = leave(workspace, "trm_scale", report)
     table = Table("items", "seconds in all", "examples/s", "peak memory, GiB", "of it texts, GiB")
     for row in rows:
         table.add_row(
@@ -125,6 +116,4 @@ def main(
 
 
 if __name__ == "__main__":
-    app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
-    app.command()(main)
-    run_app(app)
+    run_benchmark(main)

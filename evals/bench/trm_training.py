@@ -7,11 +7,7 @@ and again from history and preference. Writes trm_training.json into the workspa
 
 from __future__ import annotations
 
-import json
-import os
-import platform
 from collections.abc import Callable
-from datetime import date
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -22,14 +18,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from ...configuration import write_text
 from ...settings import load_settings
-from ...terminal import run_app
 from ...tools.trm.config import DeepRecConfig, FitConfig
 from ...tools.trm.fit import fit
 from ...tools.trm.preferences import PreferencePool
 from ...tools.workspace import Workspace
 from ..recbole.peer import PYTHON, run_recbole
+from .command import leave, run_benchmark
 from .pace import Pace
 
 _DIM, _BATCH, _LENGTH, _LAYERS, _HEADS = 64, 1024, 20, 2, 2
@@ -98,8 +93,6 @@ def main(
                 paces[name].append(measure(nth))
     middle = {name: median(values) for name, values in paces.items()}
     report = {
-        "date": date.today().isoformat(),
-        "machine": {"system": platform.platform(), "cores": os.cpu_count()},
         "workspace": workspace.settings.workspace,
         "threads": threads,
         "dim": _DIM,
@@ -107,9 +100,7 @@ def main(
         "examples_per_second": paces,
         "median": middle,
     }
-    folder = workspace.folder / "bench"
-    folder.mkdir(exist_ok=True)
-    write_text(folder / "trm_training.json", json.dumps(report, indent=2) + "\n")
+    folder = leave(workspace, "trm_training", report)
     table = Table("model", "examples/s, median", "all rounds", "to SASRec")
     for name, values in paces.items():
         shown = ", ".join(f"{value:,.0f}" for value in values)
@@ -120,6 +111,4 @@ def main(
 
 
 if __name__ == "__main__":
-    app = typer.Typer(pretty_exceptions_enable=False, add_completion=False)
-    app.command()(main)
-    run_app(app)
+    run_benchmark(main)

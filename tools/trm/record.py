@@ -3,11 +3,11 @@
 A run's folder holds run.json and `<variant>/seed-<n>/` checkpoints, each with a fit.json.
 """
 
-import os
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from ...configuration import flat, write_text
 from ...errors import TRMError
 from .config import FitConfig, TRMConfig
 
@@ -103,22 +103,6 @@ class FitRecord(Frozen):
 
     def differences(self, other: "FitRecord") -> list[str]:
         """Names of the fields that differ, other than what was measured or set by the fit."""
-        mine, theirs = (_flat(r.model_dump(exclude=_MEASURED)) for r in (self, other))
+        mine, theirs = (flat(r.model_dump(exclude=_MEASURED)) for r in (self, other))
         keys = (mine.keys() | theirs.keys()) - _SET_BY_FIT
         return sorted(key for key in keys if mine.get(key) != theirs.get(key))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file that appears whole."""
-    beside = path.with_name(f"{path.name}.part")
-    beside.write_text(text, "utf-8")
-    os.replace(beside, path)
-
-
-def _flat(value: object, prefix: str = "") -> dict[str, object]:
-    if not isinstance(value, dict):
-        return {prefix: value}
-    flat: dict[str, object] = {}
-    for key, inner in value.items():
-        flat.update(_flat(inner, f"{prefix}.{key}" if prefix else str(key)))
-    return flat

@@ -10,6 +10,7 @@ from statistics import fmean, pstdev
 from rich.console import Console
 from rich.table import Table
 
+from ...configuration import write_text
 from ...errors import TRMError
 from ..interactions import InteractionData, leave_one_out, statistics
 from ..text_encoder import TextEncoder, item_embeddings
@@ -17,7 +18,7 @@ from .card import model_card
 from .cold import cold_rows, without_items
 from .evaluate import Judge, Row
 from .model import TRM
-from .record import FitRecord, Frozen, RunSource, write_text
+from .record import FitRecord, Frozen, RunSource
 
 _CARD = "README.md"
 _FACTS = ("users", "items", "interactions", "density", "mean_length", "median_length")
