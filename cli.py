@@ -214,6 +214,9 @@ def recommend(
     filters: Annotated[
         str | None, typer.Option(help='JSON, e.g. \'{"genres": ["Comedy"]}\'.')
     ] = None,
+    wish: Annotated[
+        list[str] | None, typer.Option(help="What you want, in your own words; repeatable.")
+    ] = None,
     decoding: DecodingOption = None,
     answer_form: Annotated[str | None, typer.Option(help="titles or numbers.")] = None,
     retrieve_n: Annotated[int | None, typer.Option(help="Items that one search returns.")] = None,
@@ -244,7 +247,9 @@ def recommend(
         seed=seed,
         limits={"time_budget_s": time_budget},
     )
-    request = parse_request(history=titles or None, user_id=user, filters=_json_object(filters))
+    request = parse_request(
+        history=titles or None, user_id=user, filters=_json_object(filters), wishes=wish or []
+    )
     with errors.status("Loading the recommendation model and the LLM"):
         # A request that can't be answered is told before the LLM takes its time to load.
         resolve_request(request, settings, place.catalog, place.histories(hold_out=False))

@@ -137,7 +137,7 @@ def read_request(
         read,
         k=settings.k,
         answer_form=settings.answer_form,
-        wishes=[_wish(condition) for condition in filters.conditions],
+        wishes=[*map(_wish, filters.conditions), *filter(None, map(sanitise, request.wishes))],
     )
     prompt: list[int] = engine.tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, return_dict=False

@@ -10,7 +10,7 @@ import operator
 from typing import Annotated, Any, Literal, TypedDict
 
 from langgraph.channels import EphemeralValue
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from .format_rules import Violation
 from .protocol import AnswerForm
@@ -45,6 +45,13 @@ MAX_K = 100
 
 MAX_RETRIEVALS = 64
 """The most searches that any run may be allowed."""
+
+
+MAX_WISHES = 8
+"""The most wishes that one request may state."""
+
+Wish = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=200)]
+"""One wish of the user, in a few words."""
 
 
 class _Model(BaseModel):
@@ -123,6 +130,12 @@ class RecommendationRequest(_Model):
         default_factory=dict,
         description='Only items whose attributes match, e.g. {"genres": ["Comedy"]}.',
         examples=[{"genres": ["Comedy", "Drama"]}],
+    )
+    wishes: list[Wish] = Field(
+        default_factory=list,
+        max_length=MAX_WISHES,
+        description="What the user asks for in their own words; the policy reads it.",
+        examples=[["something light", "no sequels"]],
     )
     limits: Limits | None = Field(
         None, description="Bounds of this run; those that are given override the settings'."
@@ -215,6 +228,7 @@ class State(TypedDict, total=False):
     user_id: Annotated[str | None, EphemeralValue]
     k: Annotated[int | None, EphemeralValue]
     filters: Annotated[dict[str, Any], EphemeralValue]
+    wishes: Annotated[list[str], EphemeralValue]
     limits: Annotated[Limits | None, EphemeralValue]
     # made by read_request
     run: dict[str, Any]  # RunSettings of this run, dumped
