@@ -11,8 +11,9 @@ from langchain_core.runnables import RunnableLambda
 from langgraph.graph import END, START, StateGraph
 from langgraph.runtime import get_runtime
 
-from . import nodes, ranking
+from . import nodes, people, ranking
 from .engine.base import Engine, LoopThread
+from .memory import Memory
 from .nodes import Resources
 from .requests import parse_request
 from .state import MAX_RETRIEVALS, RecommendationRequest, RecommendationResponse, RunSettings, State
@@ -46,8 +47,9 @@ def build_graph(
         retriever: the preference-aware TRM over its catalog.
         histories: item ids of known users, oldest first, for requests by user id.
         settings: defaults of a run; a run's `context` replaces them whole.
-        checkpointer: where LangGraph keeps threads; none for rollouts.
-        store: LangGraph's long-term memory, handed on to the graph.
+        checkpointer: where LangGraph keeps threads; none for rollouts. Runs that ask people need
+            one (RunSettings.ask_before_search, ask_after_ranking; graph/people.py).
+        store: where known users' memory is kept (graph/memory.py); none: nothing is remembered.
 
     The input is a RecommendationRequest (or a dict of its fields), the output a dict of
     RecommendationResponse's fields. Raises RequestError where a request can't be answered, and
@@ -65,32 +67,56 @@ def build_graph(
     )
 
     def read_request(state: State) -> dict[str, Any]:
-        context: object = get_runtime(RunSettings).context
+        runtime = get_runtime(RunSettings)
+        context: object = runtime.context
         chosen = context if isinstance(context, RunSettings) else defaults
         if context is not None and chosen is defaults:  # a parent graph's own
             logger.warning("ignoring a context that is no RunSettings: %s", type(context).__name__)
         values: Mapping[str, Any] = state
         given = {name: values[name] for name in _REQUEST_FIELDS if name in values}
-        return nodes.read_request(resources, parse_request(**given), chosen)
+        request = parse_request(**given)
+        people.check_can_ask(chosen)
+        memory = Memory.of(runtime.store, request.user_id)
+        return nodes.read_request(resources, request, chosen, memory)
+
+    def review_search(state: State) -> dict[str, Any]:
+        return people.review_search(state)
+
+    def review_answer(state: State) -> dict[str, Any]:
+        return people.review_answer(resources, state, get_runtime().store)
 
     def after_thinking(state: State) -> str:
-        return state["next_node"]
+        asks = state["next_node"] == "call_trm" and state["run"]["ask_before_search"]
+        return "review_search" if asks else state["next_node"]
+
+    def after_search_review(state: State) -> str:
+        return "rank" if state.get("stop_reason") else "call_trm"
 
     def after_retrieval(state: State) -> str:
         return "rank" if state.get("stop_reason") else "think"
 
+    def after_ranking(state: State) -> str:
+        return "review_answer" if state["run"]["ask_after_ranking"] else END
+
+    def after_answer_review(state: State) -> str:
+        return END if state.get("stop_reason") else "think"
+
     graph.add_node("read_request", read_request)
     graph.add_node("think", _on_any_loop(nodes.think, resources))
+    graph.add_node("review_search", review_search)
     graph.add_node("call_trm", _on_any_loop(nodes.call_trm, resources))
     graph.add_node("rank", _on_any_loop(ranking.rank, resources))
+    graph.add_node("review_answer", review_answer)
     graph.add_edge(START, "read_request")
     graph.add_edge("read_request", "think")
-    graph.add_conditional_edges("think", after_thinking, ["call_trm", "rank"])
+    graph.add_conditional_edges("think", after_thinking, ["review_search", "call_trm", "rank"])
+    graph.add_conditional_edges("review_search", after_search_review, ["call_trm", "rank"])
     graph.add_conditional_edges("call_trm", after_retrieval, ["think", "rank"])
-    graph.add_edge("rank", END)
+    graph.add_conditional_edges("rank", after_ranking, ["review_answer", END])
+    graph.add_conditional_edges("review_answer", after_answer_review, ["think", END])
     compiled = graph.compile(checkpointer=checkpointer, store=store, name="deeprec")
-    # A turn takes two steps; LangGraph's default of 25 steps would cut a run of many turns.
-    return compiled.with_config(recursion_limit=2 * MAX_RETRIEVALS + 8)
+    # A turn takes up to three steps; LangGraph's default of 25 would cut a run of many turns.
+    return compiled.with_config(recursion_limit=3 * MAX_RETRIEVALS + 8)
 
 
 def _on_any_loop(

@@ -12,7 +12,7 @@ import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -20,12 +20,13 @@ from langgraph.types import Overwrite
 
 from ..errors import CatalogError, RequestError
 from ..tools.catalog import Catalog
-from ..tools.filters import Condition, Filters
+from ..tools.filters import Filters
 from ..tools.retriever import RetrievalRequest, Retriever
 from ..tools.titles import sanitise
 from . import protocol
 from .engine.base import Constraint, Engine
 from .format_rules import scripts_of
+from .memory import Memory
 from .requests import resolve_request
 from .run import LimitReachedError, Step, answer_tokens
 from .state import (
@@ -38,6 +39,7 @@ from .state import (
     Turn,
 )
 from .transcript import segment
+from .wishes import POOL, lean, leanings_of
 
 # Guided thoughts are free, but for their first words: an untuned model that is given none copies
 # the prompt instead of reasoning about the user.
@@ -50,6 +52,7 @@ _LAST_LEAD = "All in all, this user will enjoy"
 _PREFERENCE_TOKENS = 64
 _LEAST_THOUGHT = 256  # tokens that a run must have for its thoughts and lists
 _VOCABULARY = 48
+_REMEMBERED = 8  # likes, and dislikes, of earlier runs that the prompt tells
 _FREE_WORD = "[a-z]{2,12}(-[a-z]{2,12})?"
 _FREE_PHRASE = f"{_FREE_WORD}( {_FREE_WORD}){{0,3}}"
 _REGEX_SPECIAL = re.compile(r"([\\^$.|?*+()\[\]{}])")
@@ -124,20 +127,30 @@ def _by_count(counts: Counter[str]) -> list[str]:
 
 
 def read_request(
-    resources: Resources, request: RecommendationRequest, defaults: RunSettings
+    resources: Resources,
+    request: RecommendationRequest,
+    defaults: RunSettings,
+    memory: Memory | None = None,
 ) -> dict[str, Any]:
-    """Check a request against the catalog and write the prompt. Raises RequestError."""
+    """Check a request against the catalog and write the prompt. Raises RequestError.
+
+    `memory` is the user's: what they told before is read, and what they tell now is added.
+    """
     started = time.monotonic()
     engine = resources.engine
-    settings, history, filters = resolve_request(
-        request, defaults, resources.catalog, resources.histories
+    notes = memory.notes() if memory else []
+    rejected = [note.item for note in notes if note.kind == "rejected" and note.item]
+    settings, history, wishes = resolve_request(
+        request, defaults, resources.catalog, resources.histories, rejected
     )
     read = [resources.listed(item) for item in history[-settings.history_length :]]
     messages = protocol.build_messages(
         read,
         k=settings.k,
         answer_form=settings.answer_form,
-        wishes=[*map(_wish, filters.conditions), *filter(None, map(sanitise, request.wishes))],
+        wishes=wishes.words,
+        likes=[sanitise(note.about) for note in notes if note.kind == "like"][-_REMEMBERED:],
+        dislikes=[sanitise(note.about) for note in notes if note.kind == "dislike"][-_REMEMBERED:],
     )
     prompt: list[int] = engine.tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, return_dict=False
@@ -150,11 +163,18 @@ def read_request(
             "which leaves no room to think: lower history_length or k, or raise the engine's "
             "max_model_len"
         )
+    if memory:
+        memory.add_tastes(wishes.tastes)
     return {
         "run": settings.model_dump(mode="json"),
         "model": engine.name,
+        "user": request.user_id,
         "history_ids": list(history),
-        "where": request.filters,
+        "where": wishes.where,
+        "leanings": [asdict(leaning) for leaning in wishes.leanings],
+        "excluded": [*rejected, *wishes.named],
+        "understood_wishes": [wish.model_dump() for wish in wishes.understood],
+        "round_began": {"turns": 0, "seconds": 0.0},
         "segments": Overwrite([segment("prompt", prompt)]),
         "turns": Overwrite([]),
         "counts": Overwrite({"seconds": time.monotonic() - started, "generations": 0.0}),
@@ -164,27 +184,17 @@ def read_request(
     }
 
 
-def _wish(condition: Condition) -> str:
-    """Say one condition of the filters in words that the policy can read."""
-    said = []
-    if condition.any_of:
-        said.append(" or ".join(condition.any_of))
-    if condition.none_of:
-        said.append("not " + " or ".join(condition.none_of))
-    if condition.gte is not None:
-        said.append(f"from {condition.gte:g}")
-    if condition.lte is not None:
-        said.append(f"up to {condition.lte:g}")
-    return sanitise(f"{condition.attribute}: {', '.join(said)}")
+def this_round(state: State) -> list[dict[str, Any]]:
+    """Turns since the user last sent an answer back; all where that never happened."""
+    return state.get("turns", [])[int(state["round_began"]["turns"]) :]
 
 
 async def think(resources: Resources, state: State) -> dict[str, Any]:
     """Let the policy reason until it asks for a retrieval, closes its thought, or hits a limit."""
     step = Step(resources.engine, state)
-    turns = state.get("turns", [])
     try:
         if step.settings.decoding == "free":
-            reason = await _think_freely(step, searches=len(turns))
+            reason = await _think_freely(step, searches=len(this_round(state)))
         else:
             reason = await _think_guided(resources, step, state)
     except LimitReachedError as limit:
@@ -236,7 +246,7 @@ async def _think_guided(resources: Resources, step: Step, state: State) -> StopR
     Returns why the thinking is over, None where a retrieval is asked for.
     """
     reserve = step.answer_reserve()
-    turns = state.get("turns", [])
+    turns = this_round(state)
     # A refused search doesn't count as one that was made, but does towards their bound.
     may_stop = sum(turn["refused"] is None for turn in turns) >= step.limits.min_retrievals
     may_search = len(turns) < step.limits.max_retrievals
@@ -263,7 +273,7 @@ async def _think_guided(resources: Resources, step: Step, state: State) -> StopR
             )
             if choice.stop_string == protocol.END_THINK:
                 return "answered"
-    used = [turn["preference"] for turn in turns if turn["preference"]]
+    used = [turn["preference"] for turn in state["turns"] if turn["preference"]]
     vocabulary = resources.vocabulary(state["history_ids"], used)
     preference = await step.generate(
         max_tokens=_PREFERENCE_TOKENS,
@@ -293,9 +303,13 @@ async def call_trm(resources: Resources, state: State) -> dict[str, Any]:
     """Answer the pending preference with the TRM's list, or refuse it in words."""
     step = Step(resources.engine, state)
     pending = state["pending"] or {}
+    written = protocol.parse_turn(step.text(since_list=True)).preference
     preference: str | None = pending["preference"]
+    edited = preference != written  # by a person, or by a client that changed the thread's state
+    if edited:
+        preference = protocol.normalise_preference(sanitise(preference or "")) or None
     turns = state.get("turns", [])
-    refused = _refusal(preference, turns)
+    refused = refusal(preference, this_round(state))
     found: list[RetrievedItem] = []
     if refused is None:
         try:
@@ -315,11 +329,19 @@ async def call_trm(resources: Resources, state: State) -> dict[str, Any]:
             _shown(resources, found, step.settings), numbers, step.settings.answer_form
         )
     )
+    if edited and preference is not None:
+        text = protocol.render_edit(preference) + text
     ids = step.encode(text)
     if len(ids) > step.room(reserve=step.answer_reserve()):
         return _stop(step, "trajectory_length", "a retrieved list doesn't fit any more")
     step.write_ids("environment", ids)
-    turn = Turn(thought=pending["thought"], preference=preference, retrieved=found, refused=refused)
+    turn = Turn(
+        thought=pending["thought"],
+        preference=preference,
+        retrieved=found,
+        refused=refused,
+        asked_by="user" if edited else "policy",
+    )
     return step.update(pending=None, turns=[turn.model_dump()])
 
 
@@ -330,7 +352,8 @@ def _shown(
     return items if settings.list_attributes else [replace(item, attributes=()) for item in items]
 
 
-def _refusal(preference: str | None, turns: Sequence[Mapping[str, Any]]) -> str | None:
+def refusal(preference: str | None, turns: Sequence[Mapping[str, Any]]) -> str | None:
+    """Why a preference is not searched for after these turns; None where it is."""
     if preference is None:
         return "no preference stands between the markers"
     key = protocol.preference_key(preference)
@@ -341,23 +364,41 @@ def _refusal(preference: str | None, turns: Sequence[Mapping[str, Any]]) -> str 
 async def retrieve(
     resources: Resources, state: State, preference: str | None, n: int
 ) -> list[RetrievedItem]:
-    """Return the TRM's best `n` eligible items; fewer where the filters leave fewer."""
-    history = tuple(state["history_ids"])
-    filters = Filters.parse(state["where"])
-    exclude = frozenset(history)
-    eligible = resources.catalog.snapshot.allowed(exclude, filters).count
+    """Return the TRM's best `n` eligible items; fewer where the filters leave fewer.
+
+    Where the user leans to or away from an item, they are the best of a larger pool, reordered.
+    """
+    filters = Filters.all_of(state["where"])
+    exclude = unwanted(state)
+    most = resources.catalog.snapshot.allowed(exclude, filters).count
+    leanings = leanings_of(state["leanings"])
     request = RetrievalRequest(
-        history=history,
+        history=tuple(state["history_ids"]),
         preference=preference,
-        k=min(n, eligible),
+        k=min(n * POOL if leanings else n, most),
         exclude=exclude,
         filters=filters,
     )
     scored = await asyncio.wrap_future(resources.retriever.submit(request))
+    if leanings:
+        scored = lean(scored, leanings, resources.catalog)[:n]
     return [
         RetrievedItem(id=item.id, title=resources.catalog.display_title(item.id), score=item.score)
         for item in scored
     ]
+
+
+def unwanted(state: State) -> frozenset[str]:
+    """Ids of items that are never listed: those of the history and those that the user refused."""
+    return frozenset([*state["history_ids"], *state["excluded"]])
+
+
+def eligible(resources: Resources, state: State, item_ids: Iterable[str]) -> list[str]:
+    """Those of the items that may be listed now: a later round can rule out what was found."""
+    now = resources.catalog.snapshot
+    ids = list(item_ids)
+    may = now.allowed(unwanted(state), Filters.all_of(state["where"]))
+    return [id_ for id_, held in zip(ids, may.of(now.positions(ids)), strict=True) if held]
 
 
 def numbering(turns: Iterable[Mapping[str, Any]]) -> dict[str, int]:

@@ -71,16 +71,23 @@ def render_item(label: str, item: ListedItem) -> str:
 
 
 def build_messages(
-    history: Sequence[ListedItem], *, k: int, answer_form: AnswerForm, wishes: Sequence[str] = ()
+    history: Sequence[ListedItem],
+    *,
+    k: int,
+    answer_form: AnswerForm,
+    wishes: Sequence[str] = (),
+    likes: Sequence[str] = (),
+    dislikes: Sequence[str] = (),
 ) -> list[dict[str, str]]:
     """Chat messages of a request: the task, the history oldest first, and the answer's form.
 
-    `wishes` are sanitised one-line statements of what the user asked for.
+    `wishes` are sanitised one-line statements of what the user asked for; `likes` and `dislikes`
+    of what they said in earlier runs.
     """
     seen = "\n".join(render_item(f"{rank}.", item) for rank, item in enumerate(history, 1))
     parts = [f"The user's history, oldest first:\n{seen}"]
-    if wishes:
-        parts.append("The user asks for: " + "; ".join(wishes))
+    said = {"asks for": wishes, "said they like": likes, "said they dislike": dislikes}
+    parts += [f"The user {verb}: {'; '.join(lines)}" for verb, lines in said.items() if lines]
     answer = _ANSWER_TITLES if answer_form == "titles" else _ANSWER_NUMBERS
     parts += [_SEARCH, answer.format(k=k)]
     return [
@@ -109,6 +116,24 @@ def render_retrieved(
 def render_refusal(reason: str) -> str:
     """Write the environment's answer to a preference that it doesn't search for."""
     return f"\n\n({reason})\n\n"
+
+
+def render_edit(preference: str) -> str:
+    """Say before a list that it answers the user's preference, not the one that was written."""
+    return f"\n\n(The user asks for this instead: {preference})"
+
+
+def render_review(rejected: Sequence[tuple[str, str]], wishes: Sequence[str], *, k: int) -> str:
+    """Write the user's message about an answer, sanitised words only.
+
+    `rejected` are titles with the reason, "" where none was given; none: the user wants others.
+    """
+    unwanted = "; ".join(f"{title} ({why})" if why else title for title, why in rejected)
+    lines = [f"I don't want: {unwanted}" if rejected else "I want others than those."]
+    if wishes:
+        lines.append("I ask for: " + "; ".join(wishes))
+    lines.append(f"Think again, search if it helps, and write a new list of {k} in the same form.")
+    return "\n".join(lines)
 
 
 @dataclass(frozen=True, slots=True)

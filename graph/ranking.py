@@ -9,11 +9,13 @@ from typing import Any
 from ..errors import CatalogError
 from . import protocol
 from .engine.base import Constraint
+from .explanations import explanations
 from .format_rules import check_format
 from .fusion import reciprocal_rank_fusion
-from .nodes import Resources, numbering, retrieve
+from .nodes import Resources, eligible, numbering, retrieve
 from .run import MIN_GENERATION, LimitReachedError, Step, closing
 from .state import Recommendation, Source, State, StopReason, Usage
+from .transcript import last_round
 
 _END_TOKENS = 2
 _SLACK = 1.5  # a grammar lets a line be spelled in more tokens than the tokenizer would take
@@ -31,7 +33,7 @@ async def rank(resources: Resources, state: State) -> dict[str, Any]:
     failure = state.get("failure")
     turns: Sequence[Mapping[str, Any]] = state.get("turns", [])
     numbers = numbering(turns)
-    candidates = [resources.listed(item_id) for item_id in numbers]
+    candidates = [resources.listed(item_id) for item_id in eligible(resources, state, numbers)]
     if failure is None:
         try:
             await _write_answer(step, stop_reason, candidates, numbers)
@@ -43,7 +45,7 @@ async def rank(resources: Resources, state: State) -> dict[str, Any]:
     answer = protocol.resolve_entries(entries, candidates, numbers, form)
     retrievals = sum(turn["refused"] is None and bool(turn["preference"]) for turn in turns)
     violations = check_format(
-        step.pieces(),
+        last_round(step.pieces()),
         k=settings.k,
         retrievals=retrievals,
         entries=entries,
@@ -54,13 +56,17 @@ async def rank(resources: Resources, state: State) -> dict[str, Any]:
     if failure is None or settings.on_limit == "answer":
         lines = await _lines(resources, step, state, answer)
     scores = _best_scores(turns)
+    explained: Mapping[str, Mapping[str, Any]] = {}
+    if settings.explain:
+        listed = [item_id for item_id, _ in lines]
+        explained = explanations(listed, turns, state["history_ids"], resources.catalog)
     transcript = step.transcript
     usage = Usage(
         prompt_tokens=transcript.count("prompt"),
         policy_tokens=transcript.count("policy"),
         guided_tokens=transcript.count("guided"),
         forced_tokens=transcript.count("forced"),
-        environment_tokens=transcript.count("environment"),
+        environment_tokens=transcript.count("environment", "user"),
         generations=int(state["counts"]["generations"]) + step.generations,
         retrievals=retrievals,
     )
@@ -72,6 +78,7 @@ async def rank(resources: Resources, state: State) -> dict[str, Any]:
                 rank=position,
                 source=source,
                 score=scores.get(item_id),
+                **explained.get(item_id, {}),
             ).model_dump()
             for position, (item_id, source) in enumerate(lines, 1)
         ],
@@ -148,7 +155,7 @@ async def _lines(
         fused = reciprocal_rank_fusion(
             [item["id"] for item in turn["retrieved"]] for turn in state.get("turns", [])
         )
-        for item_id in fused:
+        for item_id in eligible(resources, state, fused):
             lines.setdefault(item_id, "fused")
         if len(lines) < k:
             with suppress(CatalogError):  # a shorter list is better than none

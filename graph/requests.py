@@ -5,7 +5,7 @@ What can't be answered is refused here, in words, before any model works for it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
@@ -15,7 +15,7 @@ from .state import RecommendationRequest, RunSettings
 
 if TYPE_CHECKING:
     from ..tools.catalog import Catalog
-    from ..tools.filters import Filters
+    from .wishes import Wishes
 
 
 def parse_request(**fields: object) -> RecommendationRequest:
@@ -48,13 +48,15 @@ def resolve_request(
     defaults: RunSettings,
     catalog: Catalog,
     histories: Mapping[str, Sequence[str]],
-) -> tuple[RunSettings, tuple[str, ...], Filters]:
-    """Settings of the run, item ids of the history (oldest first), and the filters.
+    rejected: Collection[str] = (),
+) -> tuple[RunSettings, tuple[str, ...], Wishes]:
+    """Settings of the run, item ids of the history (oldest first), and what is wished for, the
+    request's filters among it. `rejected` are ids of items that the user doesn't want.
 
     Raises RequestError: an unknown user, item, title or attribute, an empty history, or more
     items asked for than are eligible; AmbiguousTitleError where a title fits several items.
     """
-    from ..tools.filters import Filters
+    from .wishes import read_wishes
 
     changes: dict[str, object] = {} if request.k is None else {"k": request.k}
     if request.limits is not None:
@@ -62,14 +64,23 @@ def resolve_request(
         changes["limits"] = defaults.limits.model_copy(update=given)
     settings = defaults.model_copy(update=changes)
     history = _history(request, catalog, histories)
-    filters = Filters.parse(request.filters)
-    eligible = catalog.snapshot.allowed(history, filters).count
-    if settings.k > eligible:
+    wishes = read_wishes(request.wishes, catalog, filters=request.filters)
+    check_eligible(settings.k, catalog, {*history, *rejected, *wishes.named}, wishes)
+    return settings, history, wishes
+
+
+def check_eligible(k: int, catalog: Catalog, exclude: Collection[str], wishes: Wishes) -> None:
+    """Raise RequestError where fewer than `k` items are left to recommend."""
+    from ..tools.filters import Filters
+
+    eligible = catalog.snapshot.allowed(exclude, Filters.all_of(wishes.where)).count
+    if k > eligible:
+        asked = "; ".join(f"{wish.wish!r} as {wish.means}" for wish in wishes.understood)
         raise RequestError(
-            f"k = {settings.k} recommendations are asked for and {eligible} items of the catalog "
-            "are eligible (not in the history, passing the filters): lower k or relax the filters"
+            f"k = {k} recommendations are asked for and {eligible} items of the catalog are "
+            "eligible (neither in the history nor rejected, passing the filters): lower k or relax "
+            f"the filters{f' and wishes, understood were {asked}' if asked else ''}"
         )
-    return settings, history, filters
 
 
 def _history(

@@ -38,7 +38,8 @@ class Step:
         self._old = list(state.get("segments", ()))
         self._ids = Transcript(self._old).ids
         self._started = time.monotonic()
-        self._spent = float(state.get("counts", {}).get("seconds", 0.0))
+        spent = float(state.get("counts", {}).get("seconds", 0.0))
+        self._spent = spent - state.get("round_began", {}).get("seconds", 0.0)
         self.segments: list[Segment] = []
         self.generations = 0
 

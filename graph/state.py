@@ -32,9 +32,11 @@ StopReason = Literal[
     "time_budget",
     "engine_failure",
     "retrieval_failure",
+    "stopped_by_user",
 ]
 """How the thinking ended. answered: the policy closed it itself. no_answer: it ended the run
-without a list. The others name the limit that was hit, or the part that failed."""
+without a list. stopped_by_user: the user wants the list now. The others name the limit that was
+hit, or the part that failed."""
 
 OUTAGES: frozenset[StopReason] = frozenset({"engine_failure", "retrieval_failure"})
 """Ends that are not the policy's doing: such a run says nothing about it."""
@@ -59,7 +61,11 @@ class _Model(BaseModel):
 
 
 class Limits(_Model):
-    """Bounds of one run; the environment enforces them."""
+    """Bounds of one run; the environment enforces them.
+
+    A user who sends the answer back opens a new round: searches and seconds are counted anew,
+    the tokens of all rounds together.
+    """
 
     max_retrievals: int = Field(
         8, ge=1, le=MAX_RETRIEVALS, description="Searches per run, refused ones included."
@@ -109,6 +115,13 @@ class RunSettings(_Model):
         "ends without a list (training).",
     )
     fill: bool = Field(True, description="Fill lines that the policy left open; they are flagged.")
+    explain: bool = Field(False, description="Say of each recommendation why it is there.")
+    ask_before_search: bool = Field(
+        False, description="Interrupt before each search: accept the preference, edit it, or stop."
+    )
+    ask_after_ranking: bool = Field(
+        False, description="Interrupt after the answer: accept it, reject items, or ask for more."
+    )
     limits: Limits = Field(default_factory=Limits, description="Bounds of a run.")
 
 
@@ -134,8 +147,9 @@ class RecommendationRequest(_Model):
     wishes: list[Wish] = Field(
         default_factory=list,
         max_length=MAX_WISHES,
-        description="What the user asks for in their own words; the policy reads it.",
-        examples=[["something light", "no sequels"]],
+        description="What the user asks for in their own words. The policy reads it; what is "
+        "certain, such as 'only from the 1990s', acts on every search too.",
+        examples=[["something light", "only from the 1990s"]],
     )
     limits: Limits | None = Field(
         None, description="Bounds of this run; those that are given override the settings'."
@@ -154,23 +168,32 @@ class Turn(_Model):
     """One turn: a thought, the preference it led to, and what came back.
 
     `preference` is None in the last turn, which argues the ranking. `refused` says why a
-    preference was not searched for.
+    preference was not searched for. `asked_by` is user where another preference was searched for
+    than the policy wrote.
     """
 
     thought: str
     preference: str | None = None
     retrieved: list[RetrievedItem] = Field(default_factory=list)
     refused: str | None = None
+    asked_by: Literal["policy", "user"] = "policy"
 
 
 class Recommendation(_Model):
-    """One line of the answer. `score` is the item's best TRM score of the run, if any."""
+    """One line of the answer. `score` is the item's best TRM score of the run, if any.
+
+    With RunSettings.explain: `turn` (from 1) and `preference` of the search that first brought
+    the item in, None where none did, and `reason`, one sentence of facts.
+    """
 
     id: str
     title: str
     rank: int = Field(ge=1)
     source: Source
     score: float | None = None
+    turn: int | None = Field(None, ge=1)
+    preference: str | None = None
+    reason: str | None = None
 
     @property
     def filled(self) -> bool:
@@ -185,8 +208,18 @@ class Failure(_Model):
     detail: str
 
 
+class UnderstoodWish(_Model):
+    """A wish that acts on the run by itself; `means` says how."""
+
+    wish: str
+    means: str
+
+
 class Usage(_Model):
-    """What a run cost. Tokens by author (see graph/transcript.py), calls, seconds in nodes."""
+    """What a run cost. Tokens by author (see graph/transcript.py), calls, seconds in nodes.
+
+    The user's words of later rounds count as the environment's.
+    """
 
     prompt_tokens: int = 0
     policy_tokens: int = 0
@@ -203,6 +236,7 @@ class RecommendationResponse(_Model):
 
     `answer` holds the policy's own lines as written, resolved to item ids (None: not among the
     retrieved); strict evaluation reads it and `violations`, serving reads `recommendations`.
+    `understood_wishes` act on every search; all other wishes only the policy has read.
     """
 
     recommendations: list[Recommendation]
@@ -212,6 +246,7 @@ class RecommendationResponse(_Model):
     stop_reason: StopReason
     failure: Failure | None
     usage: Usage
+    understood_wishes: list[UnderstoodWish] = Field(default_factory=list)
 
 
 def add_counts(left: dict[str, float], right: dict[str, float]) -> dict[str, float]:
@@ -233,9 +268,15 @@ class State(TypedDict, total=False):
     # made by read_request
     run: dict[str, Any]  # RunSettings of this run, dumped
     model: str  # name of the engine's model
+    user: str | None  # the known user, whose memory is kept
     history_ids: list[str]
-    where: dict[str, Any]  # the request's filters
+    # what holds for every search; what the user says after an answer adds to it
+    where: list[dict[str, Any]]  # filters that must all hold
+    leanings: list[dict[str, Any]]  # Leaning, dumped
+    excluded: list[str]  # item ids that the user doesn't want
+    understood_wishes: list[dict[str, Any]]
     # made by the loop
+    round_began: dict[str, float]  # turns and seconds before the answer that the user sent back
     segments: Annotated[list[Segment], operator.add]
     turns: Annotated[list[dict[str, Any]], operator.add]  # Turn, dumped
     counts: Annotated[dict[str, float], add_counts]  # generations, seconds

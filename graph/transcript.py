@@ -16,15 +16,16 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Author = Literal["prompt", "policy", "guided", "forced", "environment"]
+Author = Literal["prompt", "policy", "guided", "forced", "environment", "user"]
 """Who wrote a segment.
 
 prompt: the request, before the policy's first token. policy: sampled freely, trainable.
 guided: sampled under a constraint, so its logprobs are those after the mask. forced: the
 policy's part, written by the environment (a marker, a closed thought). environment: retrieved
-lists and refusals.
+lists and refusals. user: what the user said after an answer, which opens a new round.
 """
 
+_HEARD: frozenset[Author] = frozenset({"environment", "user"})
 _IDS = np.dtype("<i4")
 _LOGPROBS = np.dtype("<f4")
 
@@ -130,11 +131,11 @@ def pieces(
     """Text of the completion, piece by piece with its author, without end-of-sequence.
 
     For people and parsers only. `since_list` leaves out everything up to the last thing that the
-    environment wrote.
+    environment or the user wrote.
     """
     segments = [item for item in transcript.segments if item["author"] != "prompt"]
     if since_list:
-        marks = [at for at, item in enumerate(segments) if item["author"] == "environment"]
+        marks = [at for at, item in enumerate(segments) if item["author"] in _HEARD]
         segments = segments[marks[-1] + 1 :] if marks else segments
     joined: list[tuple[Author, list[int]]] = []
     for item in segments:
@@ -153,3 +154,9 @@ def pieces(
         )
         for author, ids in joined
     ]
+
+
+def last_round(pieces: Sequence[tuple[Author, str]]) -> Sequence[tuple[Author, str]]:
+    """Pieces since the user last sent an answer back; all where that never happened."""
+    said = [at for at, (author, _) in enumerate(pieces) if author == "user"]
+    return pieces[said[-1] + 1 :] if said else pieces

@@ -8,7 +8,7 @@ A filter is a mapping that must hold in all its entries:
 import math
 import sys
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeGuard
 
@@ -18,7 +18,7 @@ from rapidfuzz import fuzz, process
 
 from ..errors import RequestError
 from .interactions import Item
-from .titles import sanitise
+from .titles import YEAR_NAME, sanitise
 
 MAX_CONDITIONS = 32  # attributes that one filter may name
 MAX_VALUES = 100  # values that one attribute may list
@@ -80,6 +80,11 @@ class Filters:
             )
         return cls(tuple(_condition(name, wanted) for name, wanted in raw.items()))
 
+    @classmethod
+    def all_of(cls, raws: Iterable[Mapping[str, object]]) -> "Filters":
+        """Several filters in their JSON form, which must all hold. Raises RequestError."""
+        return cls(tuple(part for raw in raws for part in cls.parse(raw).conditions))
+
 
 class AttributeIndex:
     """The attributes of a sequence of items, laid out so that a filter becomes a mask quickly."""
@@ -120,6 +125,23 @@ class AttributeIndex:
                 )
             allowed &= self._holds(name, condition)
         return allowed
+
+    def spelled(self, value: str) -> list[tuple[str, str]]:
+        """Attributes that have this value for some item, and the value, as first written."""
+        key = value_key(value)
+        return [
+            (self._names[name], spelled[key])
+            for name, spelled in self._spelled.items()
+            if key in spelled
+        ]
+
+    def years(self) -> list[str]:
+        """Names of the attributes that hold years."""
+        return [
+            self._names[name]
+            for name, spelled in self._spelled.items()
+            if YEAR_NAME.fullmatch(name) and any(number(value) is not None for value in spelled)
+        ]
 
     def _holds(self, name: str, condition: Condition) -> NDArray[np.bool_]:
         if condition.any_of:

@@ -180,7 +180,7 @@ def _shown_value(item: Item, name: str) -> str:
 def item_year(item: Item) -> str | None:
     """The four digits in the first value of the item's `year` (or `…_year`) attribute."""
     for name, values in item.attributes.items():
-        if name == "year" or _YEAR_NAME.fullmatch(name):
+        if name == "year" or YEAR_NAME.fullmatch(name):
             for value in values:
                 found = _YEAR.search(value)
                 if found:
@@ -188,7 +188,8 @@ def item_year(item: Item) -> str | None:
     return None
 
 
-_YEAR_NAME = re.compile(r"(?:.*[\W_])?year", re.IGNORECASE | re.DOTALL)
+YEAR_NAME = re.compile(r"(?:.*[\W_])?year", re.IGNORECASE | re.DOTALL)
+"""Names of attributes that hold years."""
 _YEAR = re.compile(r"(?<!\d)\d{4}(?!\d)", re.ASCII)
 _ARTICLES = "the|a|an|le|la|les|l|un|une|der|die|das|el|los|las|il|lo|gli|i"
 _TRAILING_ARTICLE = re.compile(
