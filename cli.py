@@ -227,6 +227,9 @@ def recommend(
     time_budget: Annotated[
         float | None, typer.Option(help="Seconds; then the answer is made of what was found.")
     ] = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say of each recommendation why it is there.")
+    ] = False,
     trace: Annotated[bool, typer.Option("--trace", help="Show every turn.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the response as JSON.")] = False,
     workspace: WorkspaceOption = None,
@@ -246,6 +249,7 @@ def recommend(
         temperature=temperature,
         seed=seed,
         limits={"time_budget_s": time_budget},
+        explain=explain or None,
     )
     request = parse_request(
         history=titles or None, user_id=user, filters=_json_object(filters), wishes=wish or []

@@ -38,7 +38,8 @@ def turn_lines(turn: Turn, number: int, *, target: str | None = None) -> Text:
     text.append(f"Turn {number}\n" if turn.preference or turn.refused else "Last thought\n", "bold")
     text.append("  thought     ", "dim").append((turn.thought or "(none)") + "\n")
     if turn.preference:
-        text.append("  preference  ", "dim").append(turn.preference + "\n", "magenta")
+        text.append("  preference  ", "dim").append(turn.preference, "magenta")
+        text.append(" (the user's)\n" if turn.asked_by == "user" else "\n", "dim")
     if turn.refused:
         text.append("  refused     ", "dim").append(turn.refused + "\n", "red")
     if turn.retrieved:
@@ -54,7 +55,9 @@ def turn_lines(turn: Turn, number: int, *, target: str | None = None) -> Text:
 def recommendation_table(
     recommendations: Sequence[Recommendation], *, target: str | None = None
 ) -> Table:
-    """Show the ranked list with the source of each line; the item `target` is marked."""
+    """Show the ranked list with the source of each line, and why where that is known; the item
+    `target` is marked.
+    """
     table = Table(box=None, pad_edge=False)
     table.add_column("#", justify="right", style="dim")
     table.add_column("Recommendation")
@@ -63,9 +66,12 @@ def recommendation_table(
     for line in recommendations:
         label, style = _SOURCE[line.source]
         hit = line.id == target
+        title = Text(line.title + ("  ← held out" if hit else ""), "bold green" if hit else "")
+        if line.reason:
+            title.append(f"\n{line.reason}", "dim")
         table.add_row(
             str(line.rank),
-            Text(line.title + ("  ← held out" if hit else ""), "bold green" if hit else ""),
+            title,
             Text(label, style),
             "" if line.score is None else f"{line.score:.3f}",
         )
@@ -94,7 +100,12 @@ def response_lines(
 ) -> list[RenderableType]:
     """Return a whole response, with its turns where `trace` asks for them."""
     turns = response.turns if trace else []
+    understood = [
+        Text(f"Understood {wish.wish!r} as {wish.means}", "dim")
+        for wish in response.understood_wishes
+    ]
     return [
+        *understood,
         *(turn_lines(turn, number, target=target) for number, turn in enumerate(turns, 1)),
         recommendation_table(response.recommendations, target=target),
         summary_line(response),

@@ -57,6 +57,8 @@ def from_checkpointer(
     # Ids of checkpoints grow with time.
     for saved in sorted(finished, key=lambda saved: saved.checkpoint["id"]):
         where = saved.config["configurable"]
+        if any(_goes_on(saved, other) for other in finished):
+            continue  # the user sent its answer back: the last round holds all
         target = saved.metadata.get("target")
         yield Trajectory.from_state(
             saved.checkpoint["channel_values"],
@@ -79,6 +81,14 @@ def _is_finished(saved: CheckpointTuple) -> bool:
     if not {"segments", "usage"} <= values.keys():
         return False  # before the end of a thread's first run, or of another graph
     return bool(versions["usage"] == max(versions.values()))
+
+
+def _goes_on(saved: CheckpointTuple, other: CheckpointTuple) -> bool:
+    """Whether the other checkpoint's run is the same one, some rounds later."""
+    if saved.config["configurable"]["thread_id"] != other.config["configurable"]["thread_id"]:
+        return False
+    before, after = (at.checkpoint["channel_values"]["segments"] for at in (saved, other))
+    return len(before) < len(after) and after[: len(before)] == before
 
 
 @contextmanager

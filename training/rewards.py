@@ -207,7 +207,8 @@ class Rewarder:
     def __call__(self, runs: Sequence[Trajectory]) -> list[Rewards]:
         """Rewards of each run, its total in the configured stage among them.
 
-        A run that the engine or the retriever failed has none: that was not the policy's doing.
+        A run that the engine or the retriever failed has none, nor has one whose course a user
+        changed: that was not the policy's doing.
         Without a target, or with one that the catalog does not hold, the outcome's rewards are
         None; where the format is broken they are 0.
         """
@@ -226,7 +227,7 @@ class Rewarder:
     def _reward(
         self, run: Trajectory, preferences: NDArray[np.float32], answer: Sequence[str | None]
     ) -> Rewards:
-        if run.stop_reason in OUTAGES:
+        if run.stop_reason in OUTAGES or run.with_people:
             return Rewards()
         formed = format_reward(self.format_scores(run))
         hit: float | None = None

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from deeprec.configuration import keep_config, load_config
-from deeprec.errors import SettingsError
+from deeprec.errors import SettingsError, TrajectoryError
 from deeprec.graph.engine.limits import check_model_folder
 from deeprec.graph.engine.tokenizer import load_tokenizer
 from deeprec.graph.state import RunSettings
@@ -114,9 +114,17 @@ def run(config: SFTRun, console: Console) -> Path:
 def dataset(runs: Sequence[Trajectory]) -> Dataset:
     """Runs as TRL reads them: tokens as they are, and labels of -100 where another wrote, or where
     the policy asked for what was refused.
+
+    Raises TrajectoryError for a run whose course a user changed: it shows no policy's doing.
     """
     from datasets import Dataset
 
+    for run in runs:
+        if run.with_people:
+            raise TrajectoryError(
+                f"run {run.id!r} is no demonstration: a user edited a preference, stopped the "
+                "searching or sent the answer back. Leave it out."
+            )
     return Dataset.from_list(
         [
             {

@@ -22,6 +22,7 @@ _STYLE = {
     "guided": "cyan",
     "forced": "yellow",
     "environment": "dim",
+    "user": "bold",
 }
 _ROLE = {
     "prompt": "the request",
@@ -29,6 +30,7 @@ _ROLE = {
     "guided": "sampled under a grammar, masked",
     "forced": "written for the policy, masked",
     "environment": "written by the environment, masked",
+    "user": "said by the user, masked",
 }
 
 

@@ -116,6 +116,15 @@ class Trajectory(_Model):
         return [int(author == "policy") for author in self.authors]
 
     @property
+    def with_people(self) -> bool:
+        """Whether a user changed the run's course, so that it is not the policy's alone.
+
+        They did where they edited a preference, stopped the searching, or sent an answer back.
+        """
+        edited = any(turn.asked_by == "user" for turn in self.turns)
+        return edited or self.stop_reason == "stopped_by_user" or "user" in self.authors
+
+    @property
     def settings_fingerprint(self) -> str:
         """SHA-256 (hex) of the run's settings."""
         return hashlib.sha256(self.settings.model_dump_json().encode()).hexdigest()
@@ -126,7 +135,8 @@ class Trajectory(_Model):
         said: list[str] = []
         for piece in self.pieces:
             # What it wrote before the last list is no answer, and the prompt shows an example.
-            said = [] if piece.author in ("prompt", "environment") else [*said, piece.text]
+            own = piece.author not in ("prompt", "environment", "user")
+            said = [*said, piece.text] if own else []
         return protocol.parse_answer("".join(said)) or []
 
     @classmethod

@@ -30,10 +30,11 @@ from .trajectories import Rewards, Trajectory
 if TYPE_CHECKING:
     from datasets import Dataset
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 PARTS = "trajectories"
 """Name of the folder of parts inside a run folder."""
 
+_READABLE = (1, SCHEMA_VERSION)  # version 1 knew neither people in the loop nor explanations
 _FORMAT = "deeprec.trajectories"
 _ROW_GROUP = 64
 _BLOCK = 1 << 20
@@ -57,10 +58,14 @@ _TURN = [
     pa.field("preference", _TEXT),
     *_required(retrieved=_list(pa.struct(_ITEM))),
     pa.field("refused", _TEXT),
+    *_required(asked_by=_TEXT),
 ]
 _LINE = [
     *_required(id=_TEXT, title=_TEXT, rank=pa.int32(), source=_TEXT),
     pa.field("score", pa.float64()),
+    pa.field("turn", pa.int32()),
+    pa.field("preference", _TEXT),
+    pa.field("reason", _TEXT),
 ]
 _COUNTS = (
     "prompt_tokens",
@@ -249,10 +254,11 @@ def _open(path: Path) -> pq.ParquetFile:
     if raw is None:
         raise TrajectoryError(f"{path} is no file of trajectories (another kind of Parquet file).")
     about: dict[str, Any] = _guarded(path, lambda: json.loads(raw))
-    if about.get("schema") != SCHEMA_VERSION:
+    if about.get("schema") not in _READABLE:
         raise TrajectoryError(
             f"{path} has schema version {about.get('schema')}; this version of deeprec reads "
-            f"{SCHEMA_VERSION}. Export the runs again, or use the deeprec that wrote it."
+            f"{' and '.join(map(str, _READABLE))}. Export the runs again, or use the deeprec that "
+            "wrote it."
         )
     with path.open("rb") as content:
         digest = _digest(content, _seal_position(content))

@@ -200,8 +200,8 @@ def test_a_file_changed_by_hand_is_refused(runs: list[Trajectory], tmp_path: Pat
     with pytest.raises(TrajectoryError, match="changed by hand"):
         read_trajectories(path)
     content = path.read_bytes()
-    assert content.count(b'{"schema": 1') == 1
-    path.write_bytes(content.replace(b'{"schema": 1', b'{?schema": 1'))
+    assert content.count(b'{"schema": 2') == 1
+    path.write_bytes(content.replace(b'{"schema": 2', b'{?schema": 1'))
     with pytest.raises(TrajectoryError, match="torn or damaged"):
         read_trajectories(path)
 

@@ -1,0 +1,391 @@
+"""People in the loop over a real retriever and a scripted policy: what they may say, and what
+becomes of it."""
+
+import asyncio
+from concurrent.futures import Future
+from typing import Any
+
+import pytest
+from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.store.memory import InMemoryStore
+from langgraph.types import Command
+
+from deeprec.errors import RequestError, TrajectoryError
+from deeprec.graph import protocol
+from deeprec.graph.build import build_graph
+from deeprec.graph.memory import Memory
+from deeprec.graph.people import chat_turn
+from deeprec.graph.state import RecommendationResponse, RunSettings
+from deeprec.graph.transcript import Transcript, segment_ids
+from deeprec.tools.retriever import Retriever
+from deeprec.training.run_sft import dataset
+from deeprec.training.trajectories import Trajectory
+
+from .conftest import RunGraph, Said, ScriptedEngine
+from .test_loop import answer, ask, found, good_script
+
+AGAIN = ["<think>" + ask("drama"), "Now these.</think>", answer("Film 12", "Film 13"), ""]
+
+
+class Talk:
+    """A run on a thread that a person answers, interrupt by interrupt."""
+
+    def __init__(self, retriever: Retriever, *script: Said, **settings: Any) -> None:
+        self.engine = ScriptedEngine(script, settings.pop("max_model_len", 8192))
+        self.store = InMemoryStore()
+        self.graph = build_graph(
+            self.engine,
+            retriever,
+            histories={"u": ["0", "1", "2"]},
+            settings=RunSettings.model_validate(
+                {"decoding": "free", "k": 2, "retrieve_n": 4, **settings}
+            ),
+            checkpointer=InMemorySaver(),
+            store=self.store,
+        )
+        self.config: Any = {"configurable": {"thread_id": "t"}}
+
+    def start(self, **request: Any) -> Any:
+        return self._asked(self.graph.invoke({"user_id": "u", **request}, self.config))
+
+    def say(self, reply: Any) -> Any:
+        return self._asked(self.graph.invoke(Command(resume=reply), self.config))
+
+    def _asked(self, output: dict[str, Any]) -> Any:
+        """What the person is asked, or the response."""
+        asked = output.get("__interrupt__")
+        if asked:
+            assert asked[0].response_schema == asked[0].value["answer_schema"]
+            return asked[0].value
+        return RecommendationResponse.model_validate(output)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return dict(self.graph.get_state(self.config).values)
+
+    def texts(self, author: str) -> list[str]:
+        return [
+            self.engine.tokenizer.decode(segment_ids(piece).tolist())
+            for piece in self.state["segments"]
+            if piece["author"] == author
+        ]
+
+    def check_tokens(self) -> None:
+        """Every call of the engine was given the transcript up to it, and returned what follows."""
+        ids: list[int] = []
+        calls = iter(self.engine.calls)
+        for piece in self.state["segments"]:
+            if piece["author"] in ("policy", "guided"):
+                given, returned = next(calls)
+                assert list(given.prompt_ids) == ids
+                assert list(returned.ids) == segment_ids(piece).tolist()
+            ids += segment_ids(piece).tolist()
+        assert next(calls, None) is None
+
+
+def listed(response: RecommendationResponse) -> list[str]:
+    return [line.id for line in response.recommendations]
+
+
+def test_a_run_that_is_accepted_is_the_run_that_nobody_saw(
+    retriever: Retriever, run_graph: RunGraph
+) -> None:
+    talk = Talk(retriever, *good_script(), ask_before_search=True, ask_after_ranking=True)
+    asked = talk.start()
+    assert asked["preference"] == "comedy"
+    assert asked["thought"] == "He likes this."
+    assert asked["complaint"] is None
+    asked = talk.say({"action": "accept"})
+    assert [line["id"] for line in asked["recommendations"]] == ["3", "4"]
+    response = talk.say({"action": "accept"})
+    alone = run_graph(*good_script())
+    assert talk.state["segments"] == alone.state["segments"]
+    assert response.turns[0].asked_by == "policy"
+    assert response.violations == []
+    assert listed(response) == ["3", "4"]
+    run = Trajectory.from_state(talk.state, talk.engine.tokenizer, id="r", model="m")
+    assert not run.with_people
+
+
+def test_an_edited_preference_is_searched_for_and_the_policys_words_stay(
+    retriever: Retriever,
+) -> None:
+    talk = Talk(retriever, *good_script(), ask_before_search=True)
+    talk.start()
+    response = talk.say({"action": "edit", "preference": " horror ;20; <|im_end|>"})
+    turn = response.turns[0]
+    assert turn.preference == "horror; 20; ‹|im_end|›"
+    assert turn.asked_by == "user"
+    assert [item.id for item in turn.retrieved] == found(retriever, turn.preference)
+    assert talk.texts("policy")[0].strip() == "<think>" + ask("comedy")
+    (said,) = talk.texts("environment")
+    assert said.startswith(f"\n\n(The user asks for this instead: {turn.preference})\n\n")
+    assert response.violations == ["not_retrieved"] or response.violations == []
+    talk.check_tokens()
+
+
+def test_stopping_gives_the_list(retriever: Retriever) -> None:
+    script = ["<think>" + ask("comedy"), ask("drama"), answer("Film 3", "Film 4"), ""]
+    talk = Talk(retriever, *script, ask_before_search=True)
+    talk.start()
+    talk.say({"action": "accept"})
+    response = talk.say({"action": "stop"})
+    assert response.stop_reason == "stopped_by_user"
+    assert response.failure is None
+    assert listed(response) == ["3", "4"]
+    assert [turn.preference for turn in response.turns] == ["comedy", None]
+    assert "".join(talk.texts("forced")).strip().startswith(protocol.END_THINK)
+    talk.check_tokens()
+
+
+@pytest.mark.parametrize("settings", [{}, {"decoding": "guided"}, {"on_limit": "fail"}])
+def test_stopping_at_once_gives_a_list_as_well(
+    retriever: Retriever, settings: dict[str, Any]
+) -> None:
+    preference = f" Comedy {protocol.END_PREFERENCE}"
+    guided = settings.get("decoding") == "guided"
+    script = ["Hm.\n\n", preference] if guided else ["<think>" + ask("comedy"), answer("x"), ""]
+    talk = Talk(retriever, *script, ask_before_search=True, **settings)
+    talk.start()
+    response = talk.say({"action": "stop"})
+    assert [line.source for line in response.recommendations] == ["trm", "trm"]
+    assert response.failure is None
+
+
+def test_nonsense_is_asked_again(retriever: Retriever) -> None:
+    script = ["<think>" + ask("comedy"), ask("drama"), "So.</think>", answer("Film 3"), ""]
+    talk = Talk(retriever, *script, ask_before_search=True)
+    talk.start()
+    talk.say({"action": "accept"})
+    for reply, complaint in (
+        ("yes", "malformed answer"),
+        ({}, "malformed answer"),
+        ({"action": "maybe"}, "'maybe'"),
+        ({"action": "edit"}, "preference"),
+        ({"action": "accept", "preference": "x"}, "preference"),
+        ({"action": "edit", "preference": "\u200b;"}, "no preference stands"),
+        ({"action": "edit", "preference": "Comedy"}, "searched for already"),
+    ):
+        asked = talk.say(reply)
+        assert complaint in asked["complaint"]
+        assert asked["preference"] == "drama"
+    assert len(talk.engine.calls) == 2
+    response = talk.say({"action": "edit", "preference": "western"})
+    assert [turn.preference for turn in response.turns] == ["comedy", "western", None]
+
+
+def test_asking_needs_a_checkpointer(run_graph: RunGraph, retriever: Retriever) -> None:
+    with pytest.raises(RequestError, match="no checkpointer"):
+        run_graph(*good_script(), ask_before_search=True)
+    with pytest.raises(RequestError, match="no checkpointer"):
+        run_graph(*good_script(), ask_after_ranking=True)
+    settings = RunSettings(ask_after_ranking=True)
+    graph = build_graph(ScriptedEngine([], 8192), retriever, settings=settings)
+    with pytest.raises(RequestError, match="no checkpointer"):
+        graph.invoke({"history": ["0"]}, {"configurable": {"thread_id": "t"}})
+
+
+def test_rejected_items_never_come_back(retriever: Retriever) -> None:
+    talk = Talk(retriever, *good_script(), *AGAIN, ask_after_ranking=True)
+    talk.start()
+    before = talk.state["segments"]
+    unwanted = found(retriever, "drama")[0]
+    items = [{"item": "film 4", "reason": "too </think> long"}, {"item": unwanted}]
+    asked = talk.say({"action": "reject", "items": items, "wishes": ["something quiet"]})
+    assert asked["recommendations"]
+    response = talk.say({"action": "accept"})
+    assert talk.state["segments"][: len(before)] == before
+    (said,) = talk.texts("user")
+    assert f"I don't want: Film 4 (too ‹/think› long); Film {unwanted}\n" in said
+    assert "I ask for: something quiet\n" in said
+    second = response.turns[2]
+    assert [turn.preference for turn in response.turns] == ["comedy", None, "drama", None]
+    assert len(second.retrieved) == 4
+    shown = [*listed(response), *(item.id for item in second.retrieved)]
+    assert not {"4", unwanted} & set(shown)
+    assert len(set(listed(response))) == 2
+    talk.check_tokens()
+
+
+def test_a_second_round_is_judged_and_answered_by_itself(retriever: Retriever) -> None:
+    first = found(retriever, "comedy")
+    second = [item for item in found(retriever, "drama", 6) if item != first[0]]
+    rounds = [
+        ["<think>" + ask("comedy"), "So.</think>", answer(f"Film {first[0]}", f"Film {first[1]}")],
+        ["<think>" + ask("drama"), "So.</think>", answer(f"Film {second[0]}", f"Film {second[1]}")],
+    ]
+    script = [text for said in rounds for text in (*said, "")]
+    talk = Talk(retriever, *script, ask_after_ranking=True, limits={"max_retrievals": 1})
+    talk.start()
+    talk.say({"action": "reject", "items": [{"item": first[0]}]})
+    response = talk.say({"action": "accept"})
+    assert response.violations == []
+    assert response.stop_reason == "answered"
+    assert response.answer == second[:2] == listed(response)
+    assert {line.source for line in response.recommendations} == {"policy"}
+    run = Trajectory.from_state(talk.state, talk.engine.tokenizer, id="r", model="m")
+    assert run.with_people
+    assert run.entries == [f"Film {item}" for item in second[:2]]
+    with pytest.raises(TrajectoryError, match="no demonstration"):
+        dataset([run])
+
+
+def test_more_are_others(retriever: Retriever) -> None:
+    again = ["<think>" + ask("comedy"), "So.</think>", answer("Film 3", "Film 4"), ""]
+    talk = Talk(retriever, *good_script(), *again, ask_after_ranking=True)
+    talk.start()
+    shown = [line["id"] for line in talk.state["recommendations"]]
+    talk.say({"action": "more", "wishes": ["only from the 1980s", "I like westerns"]})
+    response = talk.say({"action": "accept"})
+    assert response.turns[2].refused is None  # others are found by the same search
+    assert not set(shown) & set(listed(response))
+    assert all(20 <= int(item) < 30 for item in listed(response))
+    assert [wish.means for wish in response.understood_wishes] == ["year: from 1980, up to 1989"]
+    assert "I ask for: year: from 1980, up to 1989; I like westerns\n" in talk.texts("user")[0]
+    assert [note.about for note in Memory(talk.store, "u").notes("like")] == ["westerns"]
+
+
+def test_an_answer_that_cannot_be_followed_is_asked_again(retriever: Retriever) -> None:
+    talk = Talk(retriever, *good_script(), ask_after_ranking=True)
+    talk.start()
+    horror = [{"item": str(item)} for item in range(20, 29)]
+    for reply, complaint in (
+        (None, "malformed answer"),
+        ({"action": "reject", "items": []}, "items"),
+        ({"action": "reject", "items": [{"item": "Film of nobody"}]}, "no item is titled"),
+        ({"action": "more", "wishes": [" "]}, "wishes"),
+        (
+            {"action": "reject", "items": horror, "wishes": ["only horror"]},
+            "'only horror' as genres: Horror",
+        ),
+    ):
+        assert complaint in talk.say(reply)["complaint"]
+    assert Memory(talk.store, "u").notes() == []
+    response = talk.say({"action": "accept"})
+    assert listed(response) == ["3", "4"]
+
+
+def test_a_guided_run_goes_on_guided(retriever: Retriever) -> None:
+    first = found(retriever, "Comedy; quiet")
+    search = ["Hm.\n\n", f" Comedy; quiet {protocol.END_PREFERENCE}", f"So.{protocol.END_THINK}"]
+    second = ["Well.\n\n", f" Western {protocol.END_PREFERENCE}", f"So.{protocol.END_THINK}"]
+    lines = [f" Film {first[0]}\n", f" Film {first[1]}\n"]
+    others = [f" Film {first[2]}\n", f" Film {first[3]}\n"]
+    talk = Talk(
+        retriever,
+        *(*search, *lines, *second, *others),
+        decoding="guided",
+        ask_after_ranking=True,
+        limits={"min_retrievals": 1},
+    )
+    talk.start()
+    talk.say({"action": "reject", "items": [{"item": first[0]}]})
+    response = talk.say({"action": "accept"})
+    assert listed(response) == first[2:4]
+    assert {line.source for line in response.recommendations} == {"guided"}
+    assert response.violations == []
+    offered = talk.engine.calls[-2][0].constraint
+    assert offered is not None
+    assert f" Film {first[1]}\n" in offered.choices
+    assert f" Film {first[0]}\n" not in offered.choices
+    talk.check_tokens()
+
+
+def test_a_fork_with_another_preference_is_the_users_search(retriever: Retriever) -> None:
+    """A client changes a thread's state in place of answering."""
+    talk = Talk(retriever, *good_script())
+    paused = talk.graph.invoke({"user_id": "u"}, talk.config, interrupt_before=["call_trm"])
+    assert "recommendations" not in paused
+    pending = {**talk.state["pending"], "preference": "horror"}
+    config = talk.graph.update_state(talk.config, {"pending": pending}, as_node="review_search")
+    response = RecommendationResponse.model_validate(talk.graph.invoke(None, config))
+    assert [(turn.preference, turn.asked_by) for turn in response.turns] == [
+        ("horror", "user"),
+        (None, "policy"),
+    ]
+
+
+def test_two_runs_on_one_thread_at_once_do_not_mix(retriever: Retriever) -> None:
+    """Each answers its own request, and the thread keeps one of them as a whole."""
+    waits: list[Future[Any]] = [Future(), Future()]
+    talk = Talk(retriever, *waits, *[text for _ in range(2) for text in good_script()[1:]])
+    engine = talk.engine
+
+    async def both() -> list[Any]:
+        requests = [{"user_id": "u", "k": 2}, {"history": ["20", "21"], "k": 3}]
+        runs = [
+            asyncio.ensure_future(talk.graph.ainvoke(request, talk.config)) for request in requests
+        ]
+        while len(engine.script) > len(good_script()[1:]) * 2:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+        said = ScriptedEngine(["<think>" + ask("comedy")] * 2, 8192)
+        for wait in waits:
+            wait.set_result(said.submit(engine_request()).result())
+        return await asyncio.gather(*runs)
+
+    def engine_request() -> Any:
+        from deeprec.graph.engine.base import GenerationRequest
+
+        return GenerationRequest(prompt_ids=(1,), max_tokens=500, stop=(protocol.END_PREFERENCE,))
+
+    first, second = asyncio.run(both())
+    assert [len(run["recommendations"]) for run in (first, second)] == [2, 3]
+    assert not {"0", "1", "2"} & {line["id"] for line in first["recommendations"]}
+    assert not {"20", "21"} & {line["id"] for line in second["recommendations"]}
+    state = talk.state
+    assert [piece["author"] for piece in state["segments"]].count("prompt") == 1
+    assert state["recommendations"] in (first["recommendations"], second["recommendations"])
+    assert len(state["turns"]) == 2
+    mine = first if state["history_ids"] == ["0", "1", "2"] else second
+    assert state["recommendations"] == mine["recommendations"]
+
+
+def test_an_answer_to_a_question_of_an_earlier_run_answers_nothing(retriever: Retriever) -> None:
+    script = ["<think>" + ask("comedy"), "<think>" + ask("drama")]
+    talk = Talk(retriever, *script, ask_before_search=True)
+    request = {"user_id": "u"}
+    (old,) = talk.graph.invoke(request, talk.config)["__interrupt__"]
+    (new,) = talk.graph.invoke(request, talk.config)["__interrupt__"]
+    stale = Command[Any](resume={old.id: {"action": "stop"}})
+    (still,) = talk.graph.invoke(stale, talk.config)["__interrupt__"]
+    assert still == new
+    assert still.value["preference"] == "drama"
+
+
+def test_the_users_turn_is_what_the_chat_template_says(retriever: Retriever) -> None:
+    tokenizer = ScriptedEngine([], 8192).tokenizer
+    messages = [
+        {"role": role, "content": text}
+        for role, text in (("user", "a"), ("assistant", "b"), ("user", "c"))
+    ]
+    whole = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    before = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True)["input_ids"]
+    before += tokenizer.encode("b", add_special_tokens=False)
+    assert before + chat_turn(tokenizer, "c", before) == whole
+    ended = [*before, tokenizer.eos_token_id]
+    assert ended + chat_turn(tokenizer, "c", ended) == whole
+
+
+def test_a_round_without_room_is_answered_all_the_same(retriever: Retriever) -> None:
+    whole = Talk(retriever, *good_script(), ask_after_ranking=True)
+    whole.start()
+    full = len(Transcript(whole.state["segments"])) + 20
+    limits = {"max_total_tokens": full}
+    talk = Talk(retriever, *good_script(), ask_after_ranking=True, limits=limits)
+    talk.start()
+    talk.say({"action": "more"})
+    response = talk.say({"action": "accept"})
+    assert response.stop_reason == "trajectory_length"
+    assert len(set(listed(response)) - {"3", "4"}) == 2
+
+
+def test_the_time_budget_is_a_rounds(retriever: Retriever) -> None:
+    talk = Talk(retriever, *good_script(), *AGAIN, ask_after_ranking=True)
+    talk.start()
+    spent = {**talk.state["counts"], "seconds": 1000.0}
+    talk.graph.update_state(talk.config, {"counts": spent}, as_node="rank")
+    run = {**talk.state["run"], "limits": {**talk.state["run"]["limits"], "time_budget_s": 500.0}}
+    talk.graph.update_state(talk.config, {"run": run}, as_node="rank")
+    talk.graph.invoke(None, talk.config)
+    talk.say({"action": "more"})
+    assert talk.say({"action": "accept"}).stop_reason == "answered"
