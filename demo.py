@@ -163,8 +163,8 @@ async def _tell(
                 turns.append(Turn.model_validate(raw))
                 console.print(turn_lines(turns[-1], len(turns), target=target))
             if "recommendations" in values:
-                fields = {key: values[key] for key in _RESPONSE_FIELDS if key != "turns"}
-                response = RecommendationResponse.model_validate({**fields, "turns": turns})
+                fields = {key: values[key] for key in _RESPONSE_FIELDS if key in values}
+                response = RecommendationResponse.model_validate(fields | {"turns": turns})
         update = await queue.get()
     if response is None:
         return None

@@ -7,28 +7,34 @@ import numpy as np
 from deeprec.graph.explanations import explanations
 from deeprec.graph.likeness import likeness
 from deeprec.tools.retriever import Retriever
+from deeprec.tools.titles import sanitise
 
 from .conftest import RunGraph
 from .test_loop import answer, ask, found, good_script, respond
 
 
 def test_recommendations_say_why_if_asked(run_graph: RunGraph, retriever: Retriever) -> None:
-    first, second = found(retriever, "comedy"), found(retriever, "western; <b>")
-    late = next(item for item in second if item not in first)
+    first = found(retriever, "comedy")
+    asked, late = next(
+        (asked, item)
+        for asked in (f"{genre}; <b>" for genre in ("horror", "western", "drama", "60"))
+        for item in found(retriever, asked)
+        if item not in first
+    )
     script = [
-        *("<think>" + ask("comedy"), ask("western; <b>")),
+        *("<think>" + ask("comedy"), ask(asked)),
         *("So.</think>", answer(f"Film {first[0]}", f"Film {late}"), ""),
     ]
     response = respond(run_graph(*script, explain=True))
     early, other = response.recommendations
     assert (early.turn, early.preference) == (1, "comedy")
-    assert (other.turn, other.preference) == (2, "western; <b>")
+    assert (other.turn, other.preference) == (2, asked)
     history = ["0", "1", "2"]
     now = retriever.catalog.snapshot
     nearest = history[int(np.argmax(likeness(now, history, late)))]
     assert other.reason is not None
     assert other.reason.startswith(
-        "It came up in the search for “western; ‹b›”, and of the history it is most like "
+        f"It came up in the search for “{sanitise(asked)}”, and of the history it is most like "
         f"Film {nearest}"
     )
     assert other.reason.count(".") == 1

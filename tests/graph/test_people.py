@@ -2,7 +2,9 @@
 becomes of it."""
 
 import asyncio
+import re
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.store.memory import InMemoryStore
 from langgraph.types import Command
 
+import deeprec
 from deeprec.errors import RequestError, TrajectoryError
 from deeprec.graph import protocol
 from deeprec.graph.build import build_graph
@@ -120,7 +123,7 @@ def test_an_edited_preference_is_searched_for_and_the_policys_words_stay(
     assert talk.texts("policy")[0].strip() == "<think>" + ask("comedy")
     (said,) = talk.texts("environment")
     assert said.startswith(f"\n\n(The user asks for this instead: {turn.preference})\n\n")
-    assert response.violations == ["not_retrieved"] or response.violations == []
+    assert "markers" not in response.violations
     talk.check_tokens()
 
 
@@ -250,7 +253,7 @@ def test_an_answer_that_cannot_be_followed_is_asked_again(retriever: Retriever) 
     talk.start()
     horror = [{"item": str(item)} for item in range(20, 29)]
     for reply, complaint in (
-        (None, "malformed answer"),
+        (7, "malformed answer"),
         ({"action": "reject", "items": []}, "items"),
         ({"action": "reject", "items": [{"item": "Film of nobody"}]}, "no item is titled"),
         ({"action": "more", "wishes": [" "]}, "wishes"),
@@ -346,7 +349,7 @@ def test_an_answer_to_a_question_of_an_earlier_run_answers_nothing(retriever: Re
     request = {"user_id": "u"}
     (old,) = talk.graph.invoke(request, talk.config)["__interrupt__"]
     (new,) = talk.graph.invoke(request, talk.config)["__interrupt__"]
-    stale = Command[Any](resume={old.id: {"action": "stop"}})
+    stale: Command[Any] = Command(resume={old.id: {"action": "stop"}})
     (still,) = talk.graph.invoke(stale, talk.config)["__interrupt__"]
     assert still == new
     assert still.value["preference"] == "drama"
@@ -369,10 +372,12 @@ def test_the_users_turn_is_what_the_chat_template_says(retriever: Retriever) -> 
 def test_a_round_without_room_is_answered_all_the_same(retriever: Retriever) -> None:
     whole = Talk(retriever, *good_script(), ask_after_ranking=True)
     whole.start()
-    full = len(Transcript(whole.state["segments"])) + 20
-    limits = {"max_total_tokens": full}
-    talk = Talk(retriever, *good_script(), ask_after_ranking=True, limits=limits)
-    talk.start()
+    total = 700
+    left = total - 80 - len(Transcript(whole.state["segments"]))  # 80 are kept for the answer
+    search, thought, *rest = good_script()
+    script = [search, "and " * left + thought, *rest]
+    talk = Talk(retriever, *script, ask_after_ranking=True, limits={"max_total_tokens": total})
+    assert len(talk.start()["recommendations"]) == 2
     talk.say({"action": "more"})
     response = talk.say({"action": "accept"})
     assert response.stop_reason == "trajectory_length"
@@ -389,3 +394,23 @@ def test_the_time_budget_is_a_rounds(retriever: Retriever) -> None:
     talk.graph.invoke(None, talk.config)
     talk.say({"action": "more"})
     assert talk.say({"action": "accept"}).stop_reason == "answered"
+
+
+def test_the_guides_code_runs(
+    retriever: Retriever,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    guide = (Path(deeprec.__file__).parent / "docs" / "people.md").read_text()
+    code = re.findall(r"```python\n(.*?)```", guide, re.DOTALL)
+    assert len(code) == 2
+    script = ["Hm.\n\n", f" Comedy {protocol.END_PREFERENCE}"]
+    parts = {"engine": ScriptedEngine(script, 8192), "retriever": retriever}
+    for block in code:
+        exec(block.replace("Toy Story", "Film 0").replace("Babe", "Film 1"), dict(parts))
+    told = capsys.readouterr().out
+    assert "Comedy None" in told
+    assert "'rank': 10" in told
+    assert "dislike gore" in told

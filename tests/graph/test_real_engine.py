@@ -15,6 +15,8 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.types import Command
 
 from deeprec.errors import EngineError
 from deeprec.graph.build import build_graph
@@ -312,3 +314,55 @@ def test_a_killed_owner_leaves_no_process_behind(tmp_path: Path) -> None:
         owner.kill()
     _, alive = psutil.wait_procs(engine, timeout=20)
     assert alive == []
+
+
+def test_people_edit_reject_and_go_on(real_engine: Engine, retriever: Retriever) -> None:
+    recorder = Recorder(real_engine)
+    settings = {
+        "k": 4,
+        "retrieve_n": 5,
+        "thought_tokens": 24,
+        "limits": {"max_retrievals": 2, "min_retrievals": 1, "max_new_tokens": 96},
+        "explain": True,
+        "ask_before_search": True,
+        "ask_after_ranking": True,
+    }
+    graph = build_graph(
+        recorder,
+        retriever,
+        histories={"u": ["3", "4", "5"]},
+        settings=RunSettings.model_validate(settings),
+        checkpointer=InMemorySaver(),
+    )
+    config: Any = {"configurable": {"thread_id": "t"}}
+    output = graph.invoke({"user_id": "u"}, config)
+    edited, lists = 0, []
+    while "__interrupt__" in output:
+        asked = output["__interrupt__"][0].value
+        if "preference" in asked:
+            edit = {"action": "edit", "preference": f"western; {edited}"}
+            reply = edit if asked["searches_so_far"] == 0 else {"action": "stop"}
+            edited += reply is edit
+        else:
+            lists.append([line["id"] for line in asked["recommendations"]])
+            reject = {"action": "reject", "items": [{"item": lists[0][0], "reason": "no"}]}
+            reply = reject if len(lists) == 1 else {"action": "accept"}
+        output = graph.invoke(Command(resume=reply), config)
+    response = RecommendationResponse.model_validate(output)
+    first, second = lists
+    assert second == [line.id for line in response.recommendations]
+    assert len(set(second)) == 4
+    assert not set(second) & {first[0], "3", "4", "5"}
+    assert all(line.reason for line in response.recommendations)
+    assert [turn.asked_by for turn in response.turns if turn.preference] == ["user"] * 2
+    state = graph.get_state(config).values
+    assert Transcript(state["segments"]).env_mask.count(1) > 0
+    ids: list[int] = []
+    calls = iter(recorder.calls)
+    for piece in state["segments"]:
+        if piece["author"] in SAMPLED:
+            given, returned = next(calls)
+            assert list(given.prompt_ids) == ids
+            assert tuple(segment_ids(piece).tolist()) == returned.ids
+        ids += segment_ids(piece).tolist()
+    assert next(calls, None) is None

@@ -285,6 +285,19 @@ def test_an_engine_failure_earns_nothing_and_costs_nothing(
     assert reward(run, stage="cold_start") == Rewards()
 
 
+def test_a_run_that_a_user_changed_earns_nothing_and_costs_nothing(
+    make_run: MakeRun, found: Found, reward: Reward
+) -> None:
+    first, second = titles(found("comedy")[:2])
+    run = make_run(
+        *("<think>" + ask("comedy"), "So.</think>", answer(first, second), ""), target="3"
+    )
+    assert reward(run).total is not None
+    turns = [run.turns[0].model_copy(update={"asked_by": "user"}), *run.turns[1:]]
+    assert reward(run.model_copy(update={"turns": turns})) == Rewards()
+    assert reward(run.model_copy(update={"stop_reason": "stopped_by_user"})) == Rewards()
+
+
 def test_one_title_ten_times(make_run: MakeRun, found: Found, reward: Reward) -> None:
     (first, *_) = found("comedy")
     run = make_run(

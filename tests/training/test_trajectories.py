@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.checkpoint.sqlite import SqliteSaver
+from langgraph.types import Command
 from rich.console import Console
 
 from deeprec.errors import EngineError, TrajectoryError
@@ -435,3 +436,58 @@ def test_a_run_cannot_drive_the_terminal(make_run: MakeRun) -> None:
     assert "\x1b" not in text
     assert "\x07" not in text
     assert "[bold]x[/bold]" in text
+
+
+def test_a_run_that_was_sent_back_is_exported_once_with_all_rounds(retriever: Retriever) -> None:
+    saver = InMemorySaver()
+    settings = RunSettings(decoding="free", k=2, retrieve_n=4, ask_after_ranking=True)
+    script = [*GOOD, "<think>" + ask("western"), "Now.</think>", answer("Film 38", "Film 39"), ""]
+    engine = ScriptedEngine(script, 8192)
+    graph = build_graph(engine, retriever, settings=settings, checkpointer=saver)
+    config: Any = {"configurable": {"thread_id": "a"}}
+    graph.invoke({"history": ["0", "1"]}, config)
+    model = load_settings().model_name
+    (before,) = from_checkpointer(saver, model)
+    assert not before.with_people
+    graph.invoke(Command(resume={"action": "more"}), config)
+    graph.invoke(Command(resume={"action": "accept"}), config)
+    (run,) = from_checkpointer(saver, model)
+    assert run.with_people
+    assert run.completion_ids[: len(before.completion_ids)] == before.completion_ids
+    assert [piece.author for piece in run.pieces].count("user") == 1
+    assert run.entries == ["Film 38", "Film 39"]
+    assert "user · " in shown(*trajectory_lines(run))
+
+
+def test_files_keep_what_people_did_and_why_items_are_there(
+    make_run: MakeRun, tmp_path: Path
+) -> None:
+    run = make_run(*GOOD, explain=True)
+    turns = [run.turns[0].model_copy(update={"asked_by": "user"}), *run.turns[1:]]
+    edited = run.model_copy(update={"turns": turns})
+    write_trajectories(tmp_path / "runs", [edited])
+    (read,) = read_trajectories(tmp_path / "runs")
+    assert read == edited
+    assert read.with_people
+    assert read.recommendations[0].reason
+
+
+def test_files_of_the_first_version_are_read(
+    make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without(field: pa.Field) -> pa.Field:
+        """The column as version 1 had it."""
+        new = {"turns": ["asked_by"], "recommendations": ["turn", "preference", "reason"]}
+        if field.name not in new:
+            return field
+        kept = [inner for inner in field.type.value_type if inner.name not in new[field.name]]
+        element = field.type.value_field.with_type(pa.struct(kept))
+        return field.with_type(pa.list_(element))
+
+    run = make_run(*GOOD)
+    with monkeypatch.context() as patched:
+        patched.setattr(trajectory_file, "SCHEMA_VERSION", 1)
+        columns = [without(field) for field in trajectory_file.SCHEMA]
+        patched.setattr(trajectory_file, "SCHEMA", pa.schema(columns))
+        write_trajectories(tmp_path / "old", [run])
+    assert read_trajectories(tmp_path / "old") == [run]
