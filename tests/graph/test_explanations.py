@@ -7,42 +7,45 @@ import numpy as np
 from deeprec.graph.explanations import explanations
 from deeprec.graph.likeness import likeness
 from deeprec.tools.retriever import Retriever
-from deeprec.tools.titles import sanitise
 
 from .conftest import RunGraph
 from .test_loop import answer, ask, found, good_script, respond
 
 
 def test_recommendations_say_why_if_asked(run_graph: RunGraph, retriever: Retriever) -> None:
-    first = found(retriever, "comedy")
-    asked, late = next(
-        (asked, item)
-        for asked in (f"{genre}; <b>" for genre in ("horror", "western", "drama", "60"))
-        for item in found(retriever, asked)
-        if item not in first
-    )
+    first, second, *_ = found(retriever, "western; <b>")
     script = [
-        *("<think>" + ask("comedy"), ask(asked)),
-        *("So.</think>", answer(f"Film {first[0]}", f"Film {late}"), ""),
+        "<think>" + ask("western; <b>"),
+        *("So.</think>", answer(f"Film {second}", f"Film {first}"), ""),
     ]
     response = respond(run_graph(*script, explain=True))
-    early, other = response.recommendations
-    assert (early.turn, early.preference) == (1, "comedy")
-    assert (other.turn, other.preference) == (2, asked)
+    assert [line.id for line in response.recommendations] == [second, first]
     history = ["0", "1", "2"]
-    now = retriever.catalog.snapshot
-    nearest = history[int(np.argmax(likeness(now, history, late)))]
-    assert other.reason is not None
-    assert other.reason.startswith(
-        f"It came up in the search for “{sanitise(asked)}”, and of the history it is most like "
-        f"Film {nearest}"
-    )
-    assert other.reason.count(".") == 1
+    for line in response.recommendations:
+        nearest = history[int(np.argmax(likeness(retriever.catalog.snapshot, history, line.id)))]
+        assert (line.turn, line.preference) == (1, "western; <b>")
+        assert line.reason is not None
+        assert line.reason.startswith(
+            "It came up in the search for “western; ‹b›”, and of the history it is most like "
+            f"Film {nearest}"
+        )
+        assert line.reason.count(".") == 1
     plain = respond(run_graph(*script))
     assert {(line.turn, line.preference, line.reason) for line in plain.recommendations} == {
         (None, None, None)
     }
-    assert [line.id for line in plain.recommendations] == [first[0], late]
+    assert [line.id for line in plain.recommendations] == [second, first]
+
+
+def test_the_first_search_that_found_an_item_is_named(retriever: Retriever) -> None:
+    turns = [
+        {"retrieved": [{"id": "9"}], "preference": "comedy"},
+        {"retrieved": [], "preference": "Comedy"},  # refused
+        {"retrieved": [{"id": "9"}, {"id": "39"}], "preference": "western"},
+    ]
+    told = explanations(["39", "9"], turns, ["5"], retriever.catalog)
+    assert (told["9"]["turn"], told["9"]["preference"]) == (1, "comedy")
+    assert (told["39"]["turn"], told["39"]["preference"]) == (3, "western")
 
 
 def test_reasons_name_what_both_share(retriever: Retriever) -> None:

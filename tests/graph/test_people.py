@@ -16,6 +16,7 @@ import deeprec
 from deeprec.errors import RequestError, TrajectoryError
 from deeprec.graph import protocol
 from deeprec.graph.build import build_graph
+from deeprec.graph.engine.base import Generation, GenerationRequest
 from deeprec.graph.memory import Memory
 from deeprec.graph.people import chat_turn
 from deeprec.graph.state import RecommendationResponse, RunSettings
@@ -308,39 +309,62 @@ def test_a_fork_with_another_preference_is_the_users_search(retriever: Retriever
     ]
 
 
+class Searcher(ScriptedEngine):
+    """Searches once and answers, in any number of runs; nobody is answered before two ask."""
+
+    def __init__(self) -> None:
+        super().__init__([], 8192)
+        self.waiting: list[tuple[Future[Generation], Generation]] = []
+
+    def submit(self, request: GenerationRequest) -> Future[Generation]:
+        text = self.tokenizer.decode(request.prompt_ids)
+        if protocol.END_ANSWER in request.stop:
+            said = answer("Film 9", "Film 24")
+        elif not request.stop:
+            said = ""
+        else:  # the prompt names the marker once
+            said = "So.</think>" if text.count(protocol.BEGIN_ITEMS) > 1 else ask("comedy")
+        future = Future[Generation]()
+        self.waiting.append((future, self._generate(said, request)))
+        if len(self.waiting) > 1 or len(self.calls) > 1:
+            for held, result in self.waiting:
+                self.calls.append((request, result))
+                held.set_result(result)
+            self.waiting.clear()
+        return future
+
+
 def test_two_runs_on_one_thread_at_once_do_not_mix(retriever: Retriever) -> None:
     """Each answers its own request, and the thread keeps one of them as a whole."""
-    waits: list[Future[Any]] = [Future(), Future()]
-    talk = Talk(retriever, *waits, *[text for _ in range(2) for text in good_script()[1:]])
-    engine = talk.engine
+    talk = Talk(retriever)
+    talk.graph = build_graph(
+        Searcher(),
+        retriever,
+        settings=RunSettings(decoding="free", retrieve_n=4),
+        checkpointer=InMemorySaver(),
+    )
 
     async def both() -> list[Any]:
-        requests = [{"user_id": "u", "k": 2}, {"history": ["20", "21"], "k": 3}]
-        runs = [
-            asyncio.ensure_future(talk.graph.ainvoke(request, talk.config)) for request in requests
+        requests = [
+            {"history": ["0", "1"], "k": 2, "filters": {"genres": "Comedy"}},
+            {"history": ["20", "21"], "k": 3},
         ]
-        while len(engine.script) > len(good_script()[1:]) * 2:  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
-        said = ScriptedEngine(["<think>" + ask("comedy")] * 2, 8192)
-        for wait in waits:
-            wait.set_result(said.submit(engine_request()).result())
-        return await asyncio.gather(*runs)
+        return await asyncio.gather(
+            *(talk.graph.ainvoke(request, talk.config) for request in requests)
+        )
 
-    def engine_request() -> Any:
-        from deeprec.graph.engine.base import GenerationRequest
-
-        return GenerationRequest(prompt_ids=(1,), max_tokens=500, stop=(protocol.END_PREFERENCE,))
-
-    first, second = asyncio.run(both())
-    assert [len(run["recommendations"]) for run in (first, second)] == [2, 3]
-    assert not {"0", "1", "2"} & {line["id"] for line in first["recommendations"]}
-    assert not {"20", "21"} & {line["id"] for line in second["recommendations"]}
+    outputs = asyncio.run(both())
+    assert [len(output["recommendations"]) for output in outputs] == [2, 3]
+    assert all(int(line["id"]) < 10 for line in outputs[0]["recommendations"])
+    assert not {"20", "21"} & {line["id"] for line in outputs[1]["recommendations"]}
     state = talk.state
-    assert [piece["author"] for piece in state["segments"]].count("prompt") == 1
-    assert state["recommendations"] in (first["recommendations"], second["recommendations"])
-    assert len(state["turns"]) == 2
-    mine = first if state["history_ids"] == ["0", "1", "2"] else second
-    assert state["recommendations"] == mine["recommendations"]
+    kept = outputs[0] if state["history_ids"] == ["0", "1"] else outputs[1]
+    assert {name: state[name] for name in kept} == kept
+    assert [piece["author"] for piece in state["segments"]] == [
+        *("prompt", "policy", "environment", "policy", "policy", "policy")
+    ]
+    prompt = talk.engine.tokenizer.decode(Transcript(state["segments"]).prompt_ids)
+    assert f"1. Film {state['history_ids'][0]}\n" in prompt
 
 
 def test_an_answer_to_a_question_of_an_earlier_run_answers_nothing(retriever: Retriever) -> None:
@@ -375,7 +399,7 @@ def test_a_round_without_room_is_answered_all_the_same(retriever: Retriever) -> 
     total = 700
     left = total - 80 - len(Transcript(whole.state["segments"]))  # 80 are kept for the answer
     search, thought, *rest = good_script()
-    script = [search, "and " * left + thought, *rest]
+    script = [search, "and " * left + thought, *rest, answer("Film 5"), ""]
     talk = Talk(retriever, *script, ask_after_ranking=True, limits={"max_total_tokens": total})
     assert len(talk.start()["recommendations"]) == 2
     talk.say({"action": "more"})
