@@ -20,6 +20,7 @@ _STYLE = {
     "prompt": "dim",
     "policy": "bold green",
     "guided": "cyan",
+    "chat": "cyan",
     "forced": "yellow",
     "environment": "dim",
 }
@@ -27,6 +28,7 @@ _ROLE = {
     "prompt": "the request",
     "policy": "sampled by the policy, trained on",
     "guided": "sampled under a grammar, masked",
+    "chat": "text of a chat model, never trained on",
     "forced": "written for the policy, masked",
     "environment": "written by the environment, masked",
 }

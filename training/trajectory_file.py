@@ -66,6 +66,7 @@ _COUNTS = (
     "prompt_tokens",
     "policy_tokens",
     "guided_tokens",
+    "chat_tokens",
     "forced_tokens",
     "environment_tokens",
     "generations",
