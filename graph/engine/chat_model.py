@@ -113,11 +113,8 @@ class ChatModelEngine(Engine):
         return [SystemMessage(system), HumanMessage(user), *said]
 
     def _text(self, ids: Sequence[int]) -> str:
-        return str(
-            self.tokenizer.decode(
-                ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
-            )
-        )
+        as_it_was = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+        return str(self.tokenizer.decode(ids, **as_it_was))
 
     async def _constrained(
         self, messages: Sequence[BaseMessage], request: GenerationRequest
@@ -172,6 +169,20 @@ class ChatModelEngine(Engine):
         if not self._closed:
             self._closed = True
             self._loop.close()
+
+
+def load_chat_model(name: str) -> BaseChatModel:
+    """Chat model by LangChain's name for it, "provider:model". Raises EngineError."""
+    try:
+        from langchain.chat_models import init_chat_model
+
+        return init_chat_model(name)
+    except Exception as error:  # providers' errors share no base
+        raise EngineError(
+            f"no chat model can be made of {name!r}: {error}. Set DEEPREC_ENGINE__CHAT_MODEL to "
+            "provider:model, install deeprec-agent[agents] and the provider's package, and set the "
+            "provider's own variable for its key."
+        ) from error
 
 
 def _joined(written: str, said: str) -> str:
