@@ -14,8 +14,7 @@ import argparse
 import httpx
 from langchain_openai import ChatOpenAI
 
-from deeprec.graph import RunSettings
-from deeprec.graph.app import load_graph
+from deeprec.graph.app import load_graph, run_settings
 from deeprec.graph.engine.chat_model import VLLM_PREFILL, ChatModelEngine
 from deeprec.settings import load_settings
 from deeprec.tools.workspace import Workspace
@@ -39,7 +38,8 @@ if __name__ == "__main__":
         max_model_len=workspace.settings.engine.max_model_len,
         prefill=VLLM_PREFILL if given.prefill else None,
     )
-    agent = load_graph(workspace, RunSettings(decoding=given.decoding), engine=engine)
+    settings = run_settings(workspace.settings, decoding=given.decoding)
+    agent = load_graph(workspace, settings, engine=engine)
     answer = agent.invoke({"history": given.titles, "k": given.k})
     for line in answer["recommendations"]:
         print(f"{line['rank']}. {line['title']} [{line['id']}] ({line['source']})")

@@ -96,14 +96,15 @@ class ChatModelEngine(Engine):
     async def _generate(self, request: GenerationRequest) -> Generation:
         messages = self._messages(request.prompt_ids)
         if request.constraint is not None:
-            return self._generation(await self._constrained(messages, request), request)
-        if not isinstance(messages[-1], AIMessage):
-            return self._generation(await self._reply(messages, request), request)
-        if self._prefill is not None:
-            said = await self._reply(messages, request, **self._prefill)
-            return self._generation(said, request)
-        said = await self._reply([*messages, HumanMessage(_GO_ON)], request)
-        return self._generation(_joined(messages[-1].text, said), request)
+            said = await self._constrained(messages, request.constraint, request)
+        elif isinstance(messages[-1], HumanMessage):
+            said = await self._reply(messages, request, request.stop)
+        elif self._prefill is not None:
+            said = await self._reply(messages, request, request.stop, self._prefill)
+        else:
+            asked = [*messages, HumanMessage(_GO_ON)]
+            said = _joined(messages[-1].text, await self._reply(asked, request, request.stop))
+        return self._generation(said, request)
 
     def _messages(self, prompt_ids: Sequence[int]) -> list[BaseMessage]:
         """Request, and what was written since, if anything was."""
@@ -117,31 +118,34 @@ class ChatModelEngine(Engine):
         return str(self.tokenizer.decode(ids, **as_it_was))
 
     async def _constrained(
-        self, messages: Sequence[BaseMessage], request: GenerationRequest
+        self, messages: Sequence[BaseMessage], constraint: Constraint, request: GenerationRequest
     ) -> str | None:
-        """What the model wrote under the request's constraint; None where nothing fitted."""
-        constraint = request.constraint
-        assert constraint is not None  # noqa: S101  # for the type checker
+        """What the model wrote under a constraint; None where nothing fitted."""
         ask = _in_words(constraint)
-        said = await self._reply([*messages, HumanMessage(ask)], request)
+        said = await self._reply([*messages, HumanMessage(ask)], request, ("\n",))
         found = _fitting(said, constraint, request.stop)
         if found is None:
-            again = f"{ask}\n\nThis was not it: {said[:200]!r}"
-            said = await self._reply([*messages, HumanMessage(again)], request)
+            again = HumanMessage(f"{ask}\n\nThis was not it: {said[:200]!r}")
+            said = await self._reply([*messages, again], request, ("\n",))
             found = _fitting(said, constraint, request.stop)
         return found
 
     async def _reply(
-        self, messages: Sequence[BaseMessage], request: GenerationRequest, **options: Any
+        self,
+        messages: Sequence[BaseMessage],
+        request: GenerationRequest,
+        stops: Sequence[str],
+        prefill: Mapping[str, Any] | None = None,
     ) -> str:
-        """Read a reply up to the first stop string of free text, or to more than was asked for."""
-        stops = () if request.constraint is not None else request.stop
+        """Read a reply until a stop string is in it, or it is longer than what was asked for."""
         text = ""
         try:
-            reply: Any = self._model.astream(list(messages), **options)
+            reply: Any = self._model.astream(list(messages), **(prefill or {}))
             async with aclosing(reply):
                 async for chunk in reply:
                     text += chunk.text
+                    if prefill is None:
+                        text = text.lstrip()  # a reply of its own says nothing by it
                     if len(text) > _CHARS * request.max_tokens or any(s in text for s in stops):
                         break
         except Exception as error:  # providers' errors share no base
@@ -197,11 +201,10 @@ def _in_words(constraint: Constraint) -> str:
 
 
 def _fitting(said: str, constraint: Constraint, stops: Sequence[str]) -> str | None:
-    """Constrained text that a reply stands for, or None."""
+    """Constrained text that the first line of a reply stands for, or None."""
+    line = " ".join(said.partition("\n")[0].split())
     if constraint.choices:
-        key = _key(said)
-        return next((choice for choice in constraint.choices if _key(choice) == key), None)
-    line = " ".join(said.split())
+        return next((choice for choice in constraint.choices if _key(choice) == _key(line)), None)
     forms = (line, f" {line}", *(f" {line} {stop}" for stop in stops))
     return next((form for form in forms if re.fullmatch(constraint.regex, form)), None)
 

@@ -1,5 +1,6 @@
 """Each file of examples/, run as a person would, over the real LLM, catalog and servers."""
 
+import json
 import re
 import runpy
 import shutil
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from deeprec.graph import app
+from deeprec.graph.engine.adapter import RUN_SETTINGS
 from deeprec.graph.engine.vllm_inprocess import VLLMEngine
 from deeprec.settings import load_settings
 from deeprec.tools.interactions import InteractionData
@@ -21,6 +23,11 @@ pytestmark = pytest.mark.engine
 ROOT = Path(__file__).parents[2]
 LINE = re.compile(r"(\d+)\. (Film \d+) \[(\d+)\].*")
 HISTORY = ["Film 3", "Film 4", "Film 5"]
+SHORT = {
+    "retrieve_n": 6,
+    "thought_tokens": 8,
+    "limits": {"max_retrievals": 2, "min_retrievals": 1, "max_new_tokens": 48},
+}
 
 Example = Callable[..., list[tuple[str, ...]]]
 
@@ -31,8 +38,9 @@ def home(
     tiny_encoder_folder: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, str]:
-    """A small workspace, as environment variables name it."""
+    """A small workspace, as environment variables name it, and settings that make runs short."""
     folder = tmp_path_factory.mktemp("home")
+    (folder / RUN_SETTINGS).write_text(json.dumps(SHORT))
     (folder / "assets").symlink_to(load_settings().assets_dir)
     place = Workspace(
         load_settings(home=folder, workspace="tiny", encoder=str(tiny_encoder_folder))
@@ -44,6 +52,7 @@ def home(
         "DEEPREC_HOME": str(folder),
         "DEEPREC_WORKSPACE": "tiny",
         "DEEPREC_ENCODER": str(tiny_encoder_folder),
+        "DEEPREC_ADAPTER": str(folder),  # whose settings hold; no LLM of its own is loaded here
         "DEEPREC_ENGINE__MAX_MODEL_LEN": "4096",
     }
 
@@ -92,9 +101,7 @@ def test_other_agents_use_the_retriever_alone(
     assert_valid(example("retrieve_items.py", "-k", "6", "--preference", "comedy"), 6)
 
 
-@pytest.mark.parametrize(
-    "options", [(), ("--decoding", "guided"), ("--decoding", "guided", "--prefill")]
-)
+@pytest.mark.parametrize("options", [(), ("--prefill",), ("--decoding", "guided")])
 def test_any_chat_model_can_play(
     example: Example, llm_server: str, options: tuple[str, ...]
 ) -> None:

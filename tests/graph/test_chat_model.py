@@ -1,6 +1,7 @@
 """The chat-model engine over a chat model that says what a test scripts."""
 
 import math
+import re
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ from deeprec.errors import EngineError, TrajectoryError
 from deeprec.graph import protocol
 from deeprec.graph.build import build_graph
 from deeprec.graph.engine.base import Constraint, Generation, GenerationRequest
-from deeprec.graph.engine.chat_model import ChatModelEngine
+from deeprec.graph.engine.chat_model import _CHOOSE, _MATCH, ChatModelEngine
 from deeprec.graph.state import RecommendationResponse, RunSettings
 from deeprec.graph.transcript import Transcript
 from deeprec.settings import load_settings
@@ -55,7 +56,7 @@ class Streaming(Whole):
     async def _astream(
         self, messages: Any, stop: Any = None, *_: Any, **options: Any
     ) -> AsyncIterator[ChatGenerationChunk]:
-        for letter in self.next(messages, options):
+        for letter in self.next(messages, options) or [""]:
             self.read.append(letter)
             yield ChatGenerationChunk(message=AIMessageChunk(letter))
 
@@ -145,7 +146,7 @@ def test_no_text_turns_into_a_special_token(engine: Any) -> None:
 CHOICES = Constraint(choices=(" Alien (1979)\n", " Aliens\n"))
 
 
-@pytest.mark.parametrize("replies", [["alien (1979)"], ["- Aliens?", "* Alien (1979)\n"]])
+@pytest.mark.parametrize("replies", [["alien (1979)"], ["- Aliens?", "\n* Alien (1979)\nSince …"]])
 def test_a_choice_is_checked_and_asked_for_again(engine: Any, replies: list[str]) -> None:
     model = engine(*replies)
     said = ask(model, "1.", stop=("\n",), constraint=CHOICES)
@@ -218,12 +219,24 @@ def test_a_model_that_talks_nonsense_still_gives_a_valid_list(
         assert "forced" in Transcript(state["segments"]).authors
 
 
-def test_guided_lines_are_chosen_by_the_model(engine: Any, retriever: Retriever) -> None:
-    listed = engine("Comedy")
-    state = run(listed, retriever, decoding="guided")
-    title = state["turns"][0]["retrieved"][3]["title"]
-    state = run(engine(*["Comedy"] * 4, title), retriever, decoding="guided")
-    assert {line["source"] for line in state["recommendations"]} >= {"fused"}
+class Obedient(Whole):
+    """Takes the last of the choices that it is given, and the first word of a regex."""
+
+    def next(self, messages: list[BaseMessage], options: dict[str, Any]) -> str:
+        asked = messages[-1].text
+        if asked.startswith(_MATCH):
+            return re.findall(r"[A-Z]\w+", asked)[1]
+        return asked.splitlines()[-1] if asked.startswith(_CHOOSE) else "films."
+
+
+def test_guided_lines_are_the_models_choice(retriever: Retriever) -> None:
+    model = ChatModelEngine(Obedient(replies=[]), tokenizer=load_settings().model_name)
+    state = run(model, retriever, decoding="guided", limits={"max_retrievals": 1})
+    assert state["turns"][0]["preference"] == "Comedy"  # the history's
+    found = [item["title"] for item in state["turns"][0]["retrieved"]]
+    assert [line["title"] for line in state["recommendations"]] == found[:0:-1]
+    assert {line["source"] for line in state["recommendations"]} == {"guided"}
+    model.close()
 
 
 def test_no_run_over_a_chat_model_is_trained_on(engine: Any, retriever: Retriever) -> None:
