@@ -180,6 +180,8 @@ def load_chat_model(name: str) -> BaseChatModel:
     try:
         from langchain.chat_models import init_chat_model
 
+        if not name:  # LangChain would make one that is named at each call
+            raise ValueError("no name is set")
         return init_chat_model(name)
     except Exception as error:  # providers' errors share no base
         raise EngineError(

@@ -12,10 +12,13 @@ from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResu
 from pydantic import Field
 
 from deeprec.errors import EngineError, TrajectoryError
+from deeprec.evals.agents import policy_digest
+from deeprec.evals.config import AgentEntry
 from deeprec.graph import protocol
+from deeprec.graph.app import load_engine, local_engine, run_settings
 from deeprec.graph.build import build_graph
 from deeprec.graph.engine.base import Constraint, Generation, GenerationRequest
-from deeprec.graph.engine.chat_model import _CHOOSE, _MATCH, ChatModelEngine
+from deeprec.graph.engine.chat_model import _CHOOSE, _MATCH, ChatModelEngine, load_chat_model
 from deeprec.graph.state import RecommendationResponse, RunSettings
 from deeprec.graph.transcript import Transcript
 from deeprec.settings import load_settings
@@ -132,7 +135,7 @@ def test_what_was_written_goes_on_in_words_or_by_prefill(engine: Any) -> None:
     assert text(model, ask(model, written)) == " films."
     assert heard(model)[-1] == ("ai", written)
     assert model._model.heard[-1][1]["extra"] == 1
-    assert text(model, ask(model)) == " films."
+    assert text(model, ask(model)) == "films."
     assert "extra" not in model._model.heard[-1][1]  # nothing of its own to go on with
 
 
@@ -254,3 +257,26 @@ def test_a_tokenizer_that_loses_text_is_refused(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(ChatModelEngine, "_text", lambda *_: "A b.")
     with pytest.raises(EngineError, match="does not give text back"):
         ChatModelEngine(Whole(replies=[""]), tokenizer=load_settings().model_name)
+
+
+def test_a_chat_model_by_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    settings = load_settings(engine={"kind": "chat", "chat_model": "openai:some-model"})
+    engine = load_engine(settings)
+    assert isinstance(engine, ChatModelEngine)
+    assert engine.name == policy_digest(settings, AgentEntry(kind="agent")).partition(":")[2]
+    assert run_settings(settings).decoding == "free"
+    assert run_settings(settings, decoding="guided").decoding == "guided"
+    engine.close()
+
+
+def test_training_refuses_a_chat_model() -> None:
+    chat = load_settings(engine={"kind": "chat"}).engine
+    with pytest.raises(EngineError, match="can't be trained on"):
+        local_engine("some-model", chat)
+
+
+@pytest.mark.parametrize("name", ["", "nobody:some-model"])
+def test_a_chat_model_that_cannot_be_made_is_an_engine_error(name: str) -> None:
+    with pytest.raises(EngineError, match="DEEPREC_ENGINE__CHAT_MODEL"):
+        load_chat_model(name)
