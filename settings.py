@@ -25,9 +25,13 @@ class EngineSettings(_Section):
     """The policy's engine."""
 
     # vllm: in this process's care. server: a running vLLM server at `url`. transformers: where
-    # vLLM is not installed; slower, and for free decoding alone.
-    kind: Literal["vllm", "server", "transformers"] = "vllm"
+    # vLLM is not installed; slower, and for free decoding alone. chat: `chat_model`, text only,
+    # never trained on.
+    kind: Literal["vllm", "server", "transformers", "chat"] = "vllm"
     url: str = "http://127.0.0.1:8000"
+    # A chat model by LangChain's name for it, e.g. openai:gpt-5; its provider's own environment
+    # variables hold address and key. The setting `model` then only counts tokens.
+    chat_model: str = ""
     # Sent to that server as a bearer token; none: it asks for none.
     api_key: str = Field("", repr=False)
     # Most tokens of one run, prompt included.

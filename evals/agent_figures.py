@@ -15,7 +15,7 @@ from ..graph.state import RecommendationResponse, RunSettings
 from .results import AgentFigures, ListName, TurnPoint
 from .statistics import Interval, intervals, paired_p
 
-_AUTHORS = ("prompt", "policy", "guided", "forced", "environment")
+_AUTHORS = ("prompt", "policy", "guided", "chat", "forced", "environment")
 
 
 def is_strict(response: RecommendationResponse) -> bool:

@@ -74,6 +74,8 @@ def agent_settings(settings: Settings, entry: AgentEntry, config: EvalRun) -> Ru
 def policy_digest(settings: Settings, entry: AgentEntry) -> str:
     """Which LLM plays: its name, and the content of its adapter. Raises EngineError."""
     own = _own(settings, entry)
+    if own.engine.kind == "chat":
+        return own.engine.chat_model
     if own.adapter is None:
         return own.model_name
     try:

@@ -76,6 +76,6 @@ def _trace(name: str, user: User, run: RecommendationResponse, outcome: str, tas
         stop_reason=run.stop_reason,
         broken_rules=tuple(run.violations),
         failure=run.failure.detail if run.failure else None,
-        tokens=run.usage.policy_tokens + run.usage.guided_tokens,
+        tokens=run.usage.written_tokens,
         seconds=run.usage.seconds,
     )

@@ -5,16 +5,27 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .as_node import recommendation_node
+    from .as_tool import recommendation_tool
     from .build import build_graph
     from .state import RecommendationRequest, RecommendationResponse, RunSettings
 
-__all__ = ["RecommendationRequest", "RecommendationResponse", "RunSettings", "build_graph"]
+__all__ = [
+    "RecommendationRequest",
+    "RecommendationResponse",
+    "RunSettings",
+    "build_graph",
+    "recommendation_node",
+    "recommendation_tool",
+]
 
 _HOMES = {
     "build_graph": "build",
     "RecommendationRequest": "state",
     "RecommendationResponse": "state",
     "RunSettings": "state",
+    "recommendation_node": "as_node",
+    "recommendation_tool": "as_tool",
 }
 
 

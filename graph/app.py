@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from ..errors import EngineError
 from ..settings import Settings, load_settings
 from ..tools.workspace import Workspace
 
@@ -33,6 +34,14 @@ def load_engine(settings: Settings) -> Engine:
         return VLLMServerEngine(
             engine.url, tokenizer=settings.model, api_key=engine.api_key or None
         )
+    if engine.kind == "chat":
+        from .engine.chat_model import ChatModelEngine, load_chat_model
+
+        return ChatModelEngine(
+            load_chat_model(engine.chat_model),
+            tokenizer=settings.model_name,
+            max_model_len=engine.max_model_len,
+        )
     return local_engine(tuned_model(settings), engine)
 
 
@@ -44,6 +53,11 @@ def local_engine(
     `max_model_len` takes the place of the settings'.
     """
     length = max_model_len or settings.max_model_len
+    if settings.kind == "chat":
+        raise EngineError(
+            "a chat model gives text, not the tokens that it sampled, so it can't be trained on: "
+            "set DEEPREC_ENGINE__KIND to vllm or transformers"
+        )
     if settings.kind == "transformers":
         from .engine.transformers_engine import TransformersEngine
 
@@ -88,7 +102,7 @@ def run_settings(
     settings: Settings, defaults: Mapping[str, object] | None = None, **given: object
 ) -> RunSettings:
     """Settings of runs: what is given and not None, else what the adapter was trained with, else
-    `defaults`, else those of RunSettings.
+    `defaults`, else free decoding for a chat model, else those of RunSettings.
 
     Raises RequestError where a field is malformed, EngineError where the adapter's can't be read.
     """
@@ -97,7 +111,9 @@ def run_settings(
 
     trained = trained_settings(settings.adapter) if settings.adapter else {}
     chosen = {name: value for name, value in given.items() if value is not None}
-    return parse_settings(**{**(defaults or {}), **trained, **chosen})
+    # A chat model needs no grammar to be understood, and guided it is asked line by line.
+    own = {"decoding": "free"} if settings.engine.kind == "chat" else {}
+    return parse_settings(**{**own, **(defaults or {}), **trained, **chosen})
 
 
 def load_graph(

@@ -82,7 +82,7 @@ def summary_line(response: RecommendationResponse) -> Text:
     """How the run ended and what it cost."""
     usage = response.usage
     text = Text(
-        f"{usage.retrievals} retrievals, {usage.policy_tokens + usage.guided_tokens} tokens "
+        f"{usage.retrievals} retrievals, {usage.written_tokens} tokens "
         f"written by the LLM in {usage.generations} calls, {usage.seconds:.1f} s; thinking ended: "
         f"{response.stop_reason}",
         style="dim",

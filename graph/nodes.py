@@ -273,6 +273,8 @@ async def _think_guided(resources: Resources, step: Step, state: State) -> StopR
             )
             if choice.stop_string == protocol.END_THINK:
                 return "answered"
+            if not choice.ids:
+                step.write("forced", protocol.BEGIN_PREFERENCE)
     used = [turn["preference"] for turn in state["turns"] if turn["preference"]]
     vocabulary = resources.vocabulary(state["history_ids"], used)
     preference = await step.generate(
@@ -281,6 +283,8 @@ async def _think_guided(resources: Resources, step: Step, state: State) -> StopR
         constraint=Constraint(regex=preference_regex(vocabulary)),
         reserve=reserve,
     )
+    if not preference.ids:
+        step.write("forced", f" {next(iter(vocabulary), protocol.ANYTHING)} ")
     if preference.stop_string is None:
         step.write("forced", protocol.END_PREFERENCE)
     return None

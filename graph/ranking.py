@@ -65,6 +65,7 @@ async def rank(resources: Resources, state: State) -> dict[str, Any]:
         prompt_tokens=transcript.count("prompt"),
         policy_tokens=transcript.count("policy"),
         guided_tokens=transcript.count("guided"),
+        chat_tokens=transcript.count("chat"),
         forced_tokens=transcript.count("forced"),
         environment_tokens=transcript.count("environment", "user"),
         generations=int(state["counts"]["generations"]) + step.generations,
@@ -108,7 +109,7 @@ async def _write_answer(
         await _choose_lines(step, candidates, numbers)
         return
     result = await step.generate(max_tokens=step.limits.max_new_tokens, stop=(protocol.END_ANSWER,))
-    if result.finish == "stop":
+    if result.finish == "stop" and step.trainable:
         # Whether the policy ends here is its own doing: a trained one writes end-of-sequence.
         with suppress(LimitReachedError):  # the list is complete and stands without it
             await step.generate(max_tokens=_END_TOKENS)

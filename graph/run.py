@@ -109,8 +109,16 @@ class Step:
         except EngineError as error:
             raise LimitReachedError("engine_failure", str(error)) from error
         self.generations += 1
-        self._append("guided" if constraint else "policy", result.ids, result.logprobs)
+        if self._engine.trainable:
+            self._append("guided" if constraint else "policy", result.ids, result.logprobs)
+        else:
+            self._append("chat", result.ids, None)
         return result
+
+    @property
+    def trainable(self) -> bool:
+        """Whether the engine's tokens are what its model sampled."""
+        return self._engine.trainable
 
     @property
     def eos_token_id(self) -> int:

@@ -224,11 +224,17 @@ class Usage(_Model):
     prompt_tokens: int = 0
     policy_tokens: int = 0
     guided_tokens: int = 0
+    chat_tokens: int = 0
     forced_tokens: int = 0
     environment_tokens: int = 0
     generations: int = 0
     retrievals: int = 0
     seconds: float = 0.0
+
+    @property
+    def written_tokens(self) -> int:
+        """Tokens that the LLM wrote, freely or not."""
+        return self.policy_tokens + self.guided_tokens + self.chat_tokens
 
 
 class RecommendationResponse(_Model):

@@ -16,11 +16,12 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Author = Literal["prompt", "policy", "guided", "forced", "environment", "user"]
+Author = Literal["prompt", "policy", "guided", "chat", "forced", "environment", "user"]
 """Who wrote a segment.
 
 prompt: the request, before the policy's first token. policy: sampled freely, trainable.
-guided: sampled under a constraint, so its logprobs are those after the mask. forced: the
+guided: sampled under a constraint, so its logprobs are those after the mask. chat: text of a chat
+model, tokenised afterwards: not the tokens that it sampled, so never to be trained on. forced: the
 policy's part, written by the environment (a marker, a closed thought). environment: retrieved
 lists and refusals. user: what the user said after an answer, which opens a new round.
 """

@@ -1,9 +1,16 @@
 """Small real parts for the tests of tools/: a sentence encoder that is built on the spot (real
 sentence-transformers, random weights) and a data set whose regularities a TRM can learn."""
 
-from collections.abc import Iterator
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -92,6 +99,65 @@ def real_engine() -> Iterator[VLLMEngine]:
     )
     yield engine
     engine.close()
+
+
+Serve = Callable[..., AbstractContextManager[str]]
+
+
+@pytest.fixture(scope="session")
+def serve(tmp_path_factory: pytest.TempPathFactory) -> Serve:
+    """Run a server on a free port, given the command and the path that tells that it is up; its
+    address. "PORT" in the command is the port; `environment` is added to this process's.
+    """
+
+    @contextmanager
+    def serving(
+        *command: str, alive: str, cwd: Path | None = None, **environment: str
+    ) -> Iterator[str]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        url = f"http://127.0.0.1:{port}"
+        log = tmp_path_factory.mktemp("server") / "log"
+        with log.open("wb") as sink:
+            process = subprocess.Popen(
+                [sys.executable, "-m", *(port if word == "PORT" else word for word in command)],
+                stdout=sink,
+                stderr=sink,
+                cwd=cwd,
+                env={**os.environ, **environment},
+            )
+            try:
+                deadline = time.monotonic() + 600
+                while not _answers(f"{url}{alive}"):
+                    if process.poll() is not None or time.monotonic() > deadline:
+                        pytest.fail(f"the server did not start: {log.read_text()[-3000:]}")
+                    time.sleep(1)
+                yield url
+            finally:
+                process.terminate()
+                process.wait(timeout=60)
+
+    return serving
+
+
+def _answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=2).is_success
+    except httpx.TransportError:
+        return False
+
+
+@pytest.fixture(scope="session")
+def llm_server(serve: Serve) -> Iterator[str]:
+    """Address of vLLM's own server, as `deeprec serve-llm` starts it."""
+    with serve(
+        *("deeprec.cli", "serve-llm", "--port", "PORT"),
+        alive="/health",
+        DEEPREC_ENGINE__KV_CACHE_GIB="1",
+        DEEPREC_ENGINE__MAX_MODEL_LEN="4096",
+    ) as url:
+        yield url
 
 
 @pytest.fixture(scope="session")

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
+from ..errors import TrajectoryError
 from ..graph.engine.base import LoopThread
 from ..graph.state import OUTAGES, StopReason
 from .policy import plain_weights
@@ -239,7 +240,14 @@ def widest(totals: Sequence[float | None], count: int) -> list[int]:
 def rows(runs: Sequence[Trajectory], eos: int) -> dict[str, list[Any]]:
     """Tokens of runs as TRL takes them; a run that failed before its first token is one masked
     end-of-sequence, since an empty completion can't be trained on.
+
+    Raises TrajectoryError for a run of an engine that can't be trained on.
     """
+    if any("chat" in run.authors for run in runs):
+        raise TrajectoryError(
+            "these runs hold text of a chat model, not the tokens that it sampled, and can't be "
+            "trained on: play them over vLLM or transformers (DEEPREC_ENGINE__KIND)"
+        )
     filled = [bool(run.completion_ids) for run in runs]
     return {
         "prompt_ids": [run.prompt_ids for run in runs],

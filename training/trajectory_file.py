@@ -71,6 +71,7 @@ _COUNTS = (
     "prompt_tokens",
     "policy_tokens",
     "guided_tokens",
+    "chat_tokens",
     "forced_tokens",
     "environment_tokens",
     "generations",

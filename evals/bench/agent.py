@@ -60,7 +60,7 @@ def measure(
         )
 
     every = list(responses.values())
-    tokens = sum(r.usage.policy_tokens + r.usage.guided_tokens for r in every)
+    tokens = sum(r.usage.written_tokens for r in every)
     named = [line for r in every for line in r.answer]
     broken = Counter(rule for r in every for rule in r.violations)
     return {

@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -63,7 +63,8 @@ class Generation:
     """What the engine sampled: `ids` and `logprobs` (natural log, one per id), as it did.
 
     `finish` is "stop" (a stop string, named in `stop_string`, or a finished constraint), "eos",
-    or "length" (`max_tokens` reached). An EOS token is part of `ids`.
+    or "length" (`max_tokens` reached). An EOS token is part of `ids`. An engine that
+    is not trainable has no logprobs to give: they are NaN.
     """
 
     ids: tuple[int, ...]
@@ -103,8 +104,12 @@ class Engine(ABC):
         name: model name or folder, for reports and fingerprints.
         max_model_len: the most tokens that prompt and generation may hold together.
         tokenizer: the model's own tokenizer (Hugging Face).
+        trainable: whether ids and logprobs are those that the model sampled. Where they are not, a
+            run can't be trained on, and a constraint that is not met gives an empty generation.
 
     """
+
+    trainable: ClassVar[bool] = True
 
     name: str
     max_model_len: int

@@ -3,7 +3,6 @@
 import asyncio
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -12,7 +11,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx
 import psutil
 import pytest
 from langgraph.checkpoint.memory import InMemorySaver
@@ -36,40 +34,10 @@ _SLEEP = "import time; time.sleep(60)"
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    """Vllm's own server, as `deeprec serve-llm` starts it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log = tmp_path_factory.mktemp("server") / "log"
-    environment = {
-        **os.environ,
-        "DEEPREC_ENGINE__KV_CACHE_GIB": "1",
-        "DEEPREC_ENGINE__MAX_MODEL_LEN": "4096",
-    }
-    command = [sys.executable, "-m", "deeprec.cli", "serve-llm", "--port", str(port)]
-    with log.open("wb") as sink:
-        process = subprocess.Popen(command, stdout=sink, stderr=sink, env=environment)
-        try:
-            url = f"http://127.0.0.1:{port}"
-            _wait_for(url, process, log)
-            engine = VLLMServerEngine(url)
-            yield engine
-            engine.close()
-        finally:
-            process.terminate()
-            process.wait(timeout=60)
-
-
-def _wait_for(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
-    deadline = time.monotonic() + 400
-    while time.monotonic() < deadline and process.poll() is None:
-        try:
-            if httpx.get(f"{url}/health", timeout=2).is_success:
-                return
-        except httpx.TransportError:
-            time.sleep(1)
-    pytest.fail(f"the server did not start: {log.read_text()[-3000:]}")
+def server(llm_server: str) -> Iterator[Engine]:
+    engine = VLLMServerEngine(llm_server)
+    yield engine
+    engine.close()
 
 
 class Recorder(Engine):
