@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any
 from langchain_core.runnables import RunnableLambda
 from langgraph.graph import END, START, StateGraph
 from langgraph.runtime import get_runtime
+from langgraph.types import Overwrite
 
 from . import nodes, ranking
 from .engine.base import Engine, LoopThread
+from .messages import request_message
 from .nodes import Resources
-from .requests import parse_request
+from .requests import defaulting_to, parse_request
 from .state import MAX_RETRIEVALS, RecommendationRequest, RecommendationResponse, RunSettings, State
+from .streaming import tell_answer, tell_lists, tell_thoughts
 
 if TYPE_CHECKING:
     from langgraph.checkpoint.base import BaseCheckpointSaver
@@ -45,7 +48,8 @@ def build_graph(
         engine: the policy.
         retriever: the preference-aware TRM over its catalog.
         histories: item ids of known users, oldest first, for requests by user id.
-        settings: defaults of a run; a run's `context` replaces them whole.
+        settings: defaults of a run. A run's `context` replaces them whole as RunSettings; as a
+            dict it changes the fields that it names.
         checkpointer: where LangGraph keeps threads; none for rollouts.
         store: LangGraph's long-term memory, handed on to the graph.
 
@@ -59,7 +63,7 @@ def build_graph(
     resources = Resources(engine, retriever, retriever.catalog, histories or {})
     graph = StateGraph(
         State,
-        context_schema=RunSettings,
+        context_schema=defaulting_to(defaults),
         input_schema=RecommendationRequest,
         output_schema=RecommendationResponse,
     )
@@ -71,7 +75,11 @@ def build_graph(
             logger.warning("ignoring a context that is no RunSettings: %s", type(context).__name__)
         values: Mapping[str, Any] = state
         given = {name: values[name] for name in _REQUEST_FIELDS if name in values}
-        return nodes.read_request(resources, parse_request(**given), chosen)
+        request = parse_request(**given)
+        update = nodes.read_request(resources, request, chosen)
+        titles = [resources.catalog.display_title(item) for item in update["history_ids"]]
+        asked = request_message(request, k=update["run"]["k"], titles=titles)
+        return {**update, "messages": Overwrite([asked])}
 
     def after_thinking(state: State) -> str:
         return state["next_node"]
@@ -80,15 +88,19 @@ def build_graph(
         return "rank" if state.get("stop_reason") else "think"
 
     graph.add_node("read_request", read_request)
-    graph.add_node("think", _on_any_loop(nodes.think, resources))
-    graph.add_node("call_trm", _on_any_loop(nodes.call_trm, resources))
-    graph.add_node("rank", _on_any_loop(ranking.rank, resources))
+    graph.add_node("think", _on_any_loop(tell_thoughts(nodes.think), resources))
+    graph.add_node("call_trm", _on_any_loop(tell_lists(nodes.call_trm), resources))
+    graph.add_node("rank", _on_any_loop(tell_answer(ranking.rank), resources))
     graph.add_edge(START, "read_request")
     graph.add_edge("read_request", "think")
     graph.add_conditional_edges("think", after_thinking, ["call_trm", "rank"])
     graph.add_conditional_edges("call_trm", after_retrieval, ["think", "rank"])
     graph.add_edge("rank", END)
     compiled = graph.compile(checkpointer=checkpointer, store=store, name="deeprec")
+    # Token ids are for machines: they are kept, and left out of what people are shown.
+    compiled.stream_channels = [
+        name for name in compiled.stream_channels_list if name != "segments"
+    ]
     # A turn takes two steps; LangGraph's default of 25 steps would cut a run of many turns.
     return compiled.with_config(recursion_limit=2 * MAX_RETRIEVALS + 8)
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import operator
 from typing import Annotated, Any, Literal, TypedDict
 
+from langchain_core.messages import AnyMessage
 from langgraph.channels import EphemeralValue
+from langgraph.graph.message import add_messages
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from .format_rules import Violation
@@ -235,6 +237,8 @@ class State(TypedDict, total=False):
     model: str  # name of the engine's model
     history_ids: list[str]
     where: dict[str, Any]  # the request's filters
+    # the run as people read it (messages.py); no node reads it
+    messages: Annotated[list[AnyMessage], add_messages]
     # made by the loop
     segments: Annotated[list[Segment], operator.add]
     turns: Annotated[list[dict[str, Any]], operator.add]  # Turn, dumped
