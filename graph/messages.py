@@ -53,10 +53,8 @@ def list_messages(state: State, update: Mapping[str, Any]) -> list[AIMessage | T
     else:
         (turn,) = update["turns"]
         lines = (f"{rank}. {item['title']}" for rank, item in enumerate(turn["retrieved"], 1))
-        text, status = (
-            turn["refused"] or "\n".join(lines),
-            "error" if turn["refused"] else "success",
-        )
+        text = turn["refused"] or "\n".join(lines)
+        status = "error" if turn["refused"] else "success"
     call_id = _call_id(turns)
     found = ToolMessage(text, name=TOOL, tool_call_id=call_id, status=status)
     return [*_asked_otherwise(state, call_id), found]

@@ -172,7 +172,7 @@ async def _hear(reply: httpx.Response, on_text: Callable[[str], None]) -> dict[s
     last: dict[str, Any] = {}
     async for line in reply.aiter_lines():
         data = line.removeprefix("data: ")
-        if data == line or data == "[DONE]":
+        if data in (line, "[DONE]"):
             continue
         try:
             last = json.loads(data)["choices"][0]
