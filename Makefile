@@ -39,7 +39,7 @@ format: $(VENV)/.installed-dev ## rewrite the code in the project's style
 	$(BIN)/ruff format .
 
 studio: $(VENV)/.installed-server ## LangGraph's server with Studio on 127.0.0.1, at PORT
-	LANGSMITH_TRACING=false LANGGRAPH_CLI_NO_ANALYTICS=1 $(BIN)/langgraph dev --host 127.0.0.1 --port $(PORT) --no-browser
+	LANGSMITH_TRACING=false LANGGRAPH_CLI_NO_ANALYTICS=1 $(BIN)/langgraph dev --host 127.0.0.1 --port $(PORT) --no-browser --no-reload --n-jobs-per-worker 32
 
 bench: $(VENV)/.installed ## guided runs over 100 test users: validity and speed
 	$(BIN)/python -m deeprec.evals.bench.agent --users 100 --max-retrievals 4
@@ -74,7 +74,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	touch $@
 
 $(VENV)/.installed-server: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile "langgraph-cli[inmem]>=0.4.40"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile "langgraph-cli[inmem]>=0.4.40" "langgraph-checkpoint-sqlite>=3.1"
 	touch $@
 
 clean: ## remove the environment; models, data and checkpoints stay in the cache folder

@@ -73,6 +73,9 @@ class Settings(BaseSettings):
     adapter: Path | None = None
     # Hub name or folder of the sentence encoder; none: the demo's all-MiniLM-L6-v2.
     encoder: str | None = None
+    # Where the server keeps threads: a SQLite file, or postgresql://user@host/database; none:
+    # threads.sqlite under home.
+    checkpoints: str | None = Field(None, repr=False)
     engine: EngineSettings = Field(default_factory=EngineSettings)
     catalog: CatalogSettings = Field(default_factory=CatalogSettings)
 
@@ -81,7 +84,7 @@ class Settings(BaseSettings):
     def _expanded(cls, path: Path | None) -> Path | None:
         return path.expanduser() if path else path
 
-    @field_validator("model", "encoder", mode="after")
+    @field_validator("model", "encoder", "checkpoints", mode="after")
     @classmethod
     def _local(cls, name: str | None) -> str | None:
         return str(Path(name).expanduser()) if name and name.startswith("~") else name
@@ -105,6 +108,11 @@ class Settings(BaseSettings):
     def encoder_name(self) -> str:
         """Hub name or folder of the sentence encoder in use."""
         return self.encoder or str(self.assets_dir / "all-MiniLM-L6-v2")
+
+    @property
+    def checkpoints_at(self) -> str:
+        """SQLite file or Postgres address where the server keeps threads."""
+        return self.checkpoints or str(self.home / "threads.sqlite")
 
     @property
     def workspace_dir(self) -> Path:

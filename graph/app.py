@@ -140,8 +140,14 @@ def load_graph(
 
 
 @lru_cache(maxsize=1)
-def _loaded() -> CompiledStateGraph[Any, Any, Any, Any]:
-    return load_graph(Workspace(load_settings()))
+def _loaded() -> tuple[Workspace, CompiledStateGraph[Any, Any, Any, Any]]:
+    workspace = Workspace(load_settings())
+    return workspace, load_graph(workspace)
+
+
+def _load() -> tuple[Workspace, CompiledStateGraph[Any, Any, Any, Any]]:
+    with _loading:  # the cache alone would let two first callers load two engines
+        return _loaded()
 
 
 def graph() -> CompiledStateGraph[Any, Any, Any, Any]:
@@ -149,8 +155,21 @@ def graph() -> CompiledStateGraph[Any, Any, Any, Any]:
 
     Engine, TRM and catalog are loaded once a process. Raises DeepRecError where a part is missing.
     """
-    with _loading:  # the cache alone would let two first callers load two engines
-        return _loaded()
+    return _load()[1]
+
+
+def warm() -> None:
+    """Load the agent, and have it answer once: the first answer of an engine is a slow one."""
+    workspace, agent = _load()
+    item = workspace.data.items[0].id
+    agent.invoke({"history": [f"id:{item}"], "k": 1, "limits": {"max_retrievals": 1}})
+
+
+def check_filters(filters: Mapping[str, object]) -> None:
+    """Raise RequestError where filters are malformed, or name what no item of the catalog has."""
+    from ..tools.filters import Filters
+
+    _load()[0].catalog.snapshot.allowed((), Filters.parse(filters))
 
 
 async def served() -> CompiledStateGraph[Any, Any, Any, Any]:

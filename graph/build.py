@@ -10,13 +10,16 @@ from typing import TYPE_CHECKING, Any
 from langchain_core.runnables import RunnableLambda
 from langgraph.graph import END, START, StateGraph
 from langgraph.runtime import get_runtime
+from langgraph.types import Overwrite
 
 from . import nodes, people, ranking
 from .engine.base import Engine, LoopThread
 from .memory import Memory
+from .messages import request_message
 from .nodes import Resources
-from .requests import parse_request
+from .requests import defaulting_to, parse_request
 from .state import MAX_RETRIEVALS, RecommendationRequest, RecommendationResponse, RunSettings, State
+from .streaming import tell_answer, tell_lists, tell_thoughts
 
 if TYPE_CHECKING:
     from langgraph.checkpoint.base import BaseCheckpointSaver
@@ -46,7 +49,8 @@ def build_graph(
         engine: the policy.
         retriever: the preference-aware TRM over its catalog.
         histories: item ids of known users, oldest first, for requests by user id.
-        settings: defaults of a run; a run's `context` replaces them whole.
+        settings: defaults of a run. A run's `context` replaces them whole as RunSettings; as a
+            dict it changes the fields that it names.
         checkpointer: where LangGraph keeps threads; none for rollouts. Runs that ask people need
             one (RunSettings.ask_before_search, ask_after_ranking; graph/people.py).
         store: where known users' memory is kept (graph/memory.py); none: nothing is remembered.
@@ -61,7 +65,7 @@ def build_graph(
     resources = Resources(engine, retriever, retriever.catalog, histories or {})
     graph = StateGraph(
         State,
-        context_schema=RunSettings,
+        context_schema=defaulting_to(defaults),
         input_schema=RecommendationRequest,
         output_schema=RecommendationResponse,
     )
@@ -77,7 +81,10 @@ def build_graph(
         request = parse_request(**given)
         people.check_can_ask(chosen)
         memory = Memory.of(runtime.store, request.user_id)
-        return nodes.read_request(resources, request, chosen, memory)
+        update = nodes.read_request(resources, request, chosen, memory)
+        titles = [resources.catalog.display_title(item) for item in update["history_ids"]]
+        asked = request_message(request, k=update["run"]["k"], titles=titles)
+        return {**update, "messages": Overwrite([asked])}
 
     def review_search(state: State) -> dict[str, Any]:
         return people.review_search(state)
@@ -102,10 +109,10 @@ def build_graph(
         return END if state.get("stop_reason") else "think"
 
     graph.add_node("read_request", read_request)
-    graph.add_node("think", _on_any_loop(nodes.think, resources))
+    graph.add_node("think", _on_any_loop(tell_thoughts(nodes.think), resources))
     graph.add_node("review_search", review_search)
-    graph.add_node("call_trm", _on_any_loop(nodes.call_trm, resources))
-    graph.add_node("rank", _on_any_loop(ranking.rank, resources))
+    graph.add_node("call_trm", _on_any_loop(tell_lists(nodes.call_trm), resources))
+    graph.add_node("rank", _on_any_loop(tell_answer(ranking.rank), resources))
     graph.add_node("review_answer", review_answer)
     graph.add_edge(START, "read_request")
     graph.add_edge("read_request", "think")
@@ -115,6 +122,10 @@ def build_graph(
     graph.add_conditional_edges("rank", after_ranking, ["review_answer", END])
     graph.add_conditional_edges("review_answer", after_answer_review, ["think", END])
     compiled = graph.compile(checkpointer=checkpointer, store=store, name="deeprec")
+    # Token ids are for machines: they are kept, and left out of what people are shown.
+    compiled.stream_channels = [
+        name for name in compiled.stream_channels_list if name != "segments"
+    ]
     # A turn takes up to three steps; LangGraph's default of 25 would cut a run of many turns.
     return compiled.with_config(recursion_limit=3 * MAX_RETRIEVALS + 8)
 

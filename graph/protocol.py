@@ -179,25 +179,44 @@ def searched_preference(preference: str | None) -> str | None:
     return preference
 
 
-_ANY_MARKER = re.compile(
-    "|".join(
-        re.escape(marker)
-        for marker in (
-            END_THINK,
-            BEGIN_PREFERENCE,
-            END_PREFERENCE,
-            BEGIN_ITEMS,
-            END_ITEMS,
-            BEGIN_ANSWER,
-            END_ANSWER,
-        )
-    )
+_ENDS_THOUGHT = (
+    END_THINK,
+    BEGIN_PREFERENCE,
+    END_PREFERENCE,
+    BEGIN_ITEMS,
+    END_ITEMS,
+    BEGIN_ANSWER,
+    END_ANSWER,
 )
+_ANY_MARKER = re.compile("|".join(map(re.escape, _ENDS_THOUGHT)))
 
 
 def _clean_thought(text: str) -> str:
     """Return what was said before any other marker."""
     return _ANY_MARKER.split(text.replace(BEGIN_THINK, ""), maxsplit=1)[0].strip()
+
+
+def thought_so_far(text: str) -> str:
+    """Read the thought off the text of a turn that is still being written.
+
+    What may yet become a marker is left out, so that the thought of a longer text goes on from
+    this one.
+    """
+    return _clean_thought(_without_open_marker(text))
+
+
+def answer_so_far(text: str) -> str:
+    """Read the lines of the answer off a text that is still being written."""
+    inside = text.rpartition(BEGIN_ANSWER)[2] if BEGIN_ANSWER in text else ""
+    return _without_open_marker(inside.partition(END_ANSWER)[0]).strip()
+
+
+def _without_open_marker(text: str) -> str:
+    before, bracket, after = text.rpartition("<")
+    tail = bracket + after
+    markers = (BEGIN_THINK, *_ENDS_THOUGHT)
+    opens = bracket and any(marker != tail and marker.startswith(tail) for marker in markers)
+    return before if opens else text
 
 
 _LINE = re.compile(r"\s*(\d{1,9})\.\s+(\S.*?)\s*")

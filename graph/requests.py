@@ -6,9 +6,9 @@ What can't be answered is refused here, in words, before any model works for it.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-from pydantic import ValidationError
+from pydantic import BaseModel, Field, ValidationError, create_model
 
 from ..errors import RequestError
 from .state import RecommendationRequest, RunSettings
@@ -32,6 +32,23 @@ def parse_settings(**fields: object) -> RunSettings:
         return RunSettings.model_validate(fields)
     except ValidationError as error:
         raise RequestError(f"malformed settings of a run: {explain(error)}") from error
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def defaulting_to(defaults: M) -> type[M]:
+    """Return the model of `defaults` with their values as its own: what a form shows, and what
+    the fields that a caller leaves out become.
+    """
+    model = type(defaults)
+    fields: dict[str, Any] = {}
+    for name, info in model.model_fields.items():
+        value = getattr(defaults, name)
+        kind = defaulting_to(value) if isinstance(value, BaseModel) else info.annotation
+        said = Field(description=info.description)
+        fields[name] = (Annotated[(kind, said, *info.metadata)], value)
+    return create_model(model.__name__, __base__=model, __doc__=model.__doc__, **fields)
 
 
 def explain(error: ValidationError) -> str:

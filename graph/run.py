@@ -14,6 +14,7 @@ from ..errors import EngineError
 from . import protocol
 from .engine.base import Constraint, Engine, Generation, GenerationRequest
 from .state import Limits, RunSettings, State, StopReason
+from .streaming import generate
 from .transcript import Author, Segment, Transcript, pieces, segment
 
 MIN_GENERATION = 8  # tokens; with less room a generation is not started
@@ -101,7 +102,7 @@ class Step:
         left = self.check_time()
         try:
             async with asyncio.timeout(left):
-                result = await self._engine.generate(request)
+                result = await generate(self._engine, request)
         except TimeoutError as error:
             raise LimitReachedError(
                 "time_budget", f"the time budget of {self.limits.time_budget_s:g} s is used up"

@@ -9,7 +9,9 @@ from __future__ import annotations
 import operator
 from typing import Annotated, Any, Literal, TypedDict
 
+from langchain_core.messages import AnyMessage
 from langgraph.channels import EphemeralValue
+from langgraph.graph.message import add_messages
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from .format_rules import Violation
@@ -281,6 +283,8 @@ class State(TypedDict, total=False):
     leanings: list[dict[str, Any]]  # Leaning, dumped
     excluded: list[str]  # item ids that the user doesn't want
     understood_wishes: list[dict[str, Any]]
+    # the run as people read it (messages.py); no node reads it
+    messages: Annotated[list[AnyMessage], add_messages]
     # made by the loop
     round_began: dict[str, float]  # turns and seconds before the answer that the user sent back
     segments: Annotated[list[Segment], operator.add]

@@ -19,12 +19,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
-
-from langgraph.checkpoint.serde.jsonplus import JsonPlusSerializer
 
 from deeprec.errors import TrajectoryError
 from deeprec.graph.engine.tokenizer import load_tokenizer
+from deeprec.graph.persistence import is_postgres, serializer, shown
 from deeprec.settings import load_settings
 from deeprec.terminal import tells_errors
 from deeprec.training.trajectories import Trajectory, model_fingerprint
@@ -34,10 +32,7 @@ if TYPE_CHECKING:
     from langchain_core.runnables import RunnableConfig
     from langgraph.checkpoint.base import BaseCheckpointSaver, CheckpointTuple
 
-_POSTGRES = ("postgresql://", "postgres://")
 _SQLITE = b"SQLite format 3\0"
-# A checkpoint can name any class to be built: only what a run's state holds may be.
-_OWN_TYPES = [("deeprec.graph.state", name) for name in ("RecommendationRequest", "Limits")]
 
 
 def from_checkpointer(
@@ -94,8 +89,8 @@ def _goes_on(saved: CheckpointTuple, other: CheckpointTuple) -> bool:
 @contextmanager
 def open_checkpointer(source: str) -> Iterator[BaseCheckpointSaver[Any]]:
     """Open a SQLite file (read-only) or a Postgres database. Raises TrajectoryError."""
-    serde = JsonPlusSerializer(allowed_msgpack_modules=_OWN_TYPES)
-    if source.startswith(_POSTGRES):
+    serde = serializer()
+    if is_postgres(source):
         try:
             import psycopg
             from langgraph.checkpoint.postgres import PostgresSaver
@@ -122,16 +117,9 @@ def open_checkpointer(source: str) -> Iterator[BaseCheckpointSaver[Any]]:
 
 def _unreadable(source: str, error: Exception) -> TrajectoryError:
     return TrajectoryError(
-        f"{_shown(source)} can't be read as LangGraph's checkpoints: {error}. Give the database "
+        f"{shown(source)} can't be read as LangGraph's checkpoints: {error}. Give the database "
         "that its SqliteSaver or PostgresSaver writes."
     )
-
-
-def _shown(source: str) -> str:
-    """Name a source in a message: of an address without its password."""
-    if not source.startswith(_POSTGRES):
-        return source
-    return f"the database {urlsplit(source).path.lstrip('/')} at {urlsplit(source).hostname}"
 
 
 def _missing(what: str, package: str, error: ImportError) -> TrajectoryError:
@@ -150,7 +138,7 @@ def export(source: str, output: Path, *, model: str, thread: str | None = None) 
         if thread is not None:
             raise TrajectoryError(f"{source} is a run folder, which has no threads: leave --thread")
         return write_trajectories(output, iter_trajectories(path))
-    if not source.startswith(_POSTGRES) and not _is_sqlite(path):
+    if not is_postgres(source) and not _is_sqlite(path):
         raise TrajectoryError(
             f"{source} holds no runs: give a SQLite file of LangGraph's checkpointer, an address "
             "postgresql://…, or a run folder"
@@ -158,7 +146,7 @@ def export(source: str, output: Path, *, model: str, thread: str | None = None) 
     with open_checkpointer(source) as checkpointer:
         runs = list(from_checkpointer(checkpointer, model, thread=thread))
     if not runs:
-        of = f"thread {thread!r} of {_shown(source)}" if thread is not None else _shown(source)
+        of = f"thread {thread!r} of {shown(source)}" if thread is not None else shown(source)
         raise TrajectoryError(
             f"{of} holds no finished run. Threads of the `deeprec` graph are exported once their "
             "run has ended."

@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 if TYPE_CHECKING:
@@ -43,6 +43,9 @@ class GenerationRequest:
     are at most MAX_STOPS of them.
     `constraint` masks the vocabulary (guided decoding); logprobs are then those after the mask.
     `temperature` 0 is greedy decoding.
+    `on_text`, if any, is called with each piece of text as it is sampled, stop strings included,
+    in whatever thread the engine decodes; it must return at once. The result doesn't depend on it,
+    and an engine that can't stream never calls it.
     """
 
     prompt_ids: Sequence[int]
@@ -52,6 +55,7 @@ class GenerationRequest:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     constraint: Constraint | None = None
+    on_text: Callable[[str], None] | None = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if len(self.stop) > MAX_STOPS:

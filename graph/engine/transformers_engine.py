@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
+from tokenizers.decoders import DecodeStream
+
 from ...errors import EngineError
 from .base import Engine, Finish, Generation, GenerationRequest, LoopThread
 from .limits import check_kv_cache, check_model_folder, cpu_dtype, kv_token_bytes
@@ -197,6 +199,7 @@ class _Stream:
         self._request = request
         self._tokenizer = tokenizer
         self._seen = 0
+        self._text = DecodeStream(skip_special_tokens=False)
         # Every token but a few stands for a character at least.
         self._tail = max(map(len, request.stop), default=0) + 8
 
@@ -211,6 +214,7 @@ class _Stream:
             return
         ids = output.generated_tokens
         while self._seen < len(ids):
+            self._tell(ids[self._seen])
             self._seen += 1
             if stop := self._stop_string(ids[max(0, self._seen - self._tail) : self._seen]):
                 self._finish(output, "stop", stop)
@@ -218,6 +222,12 @@ class _Stream:
         if output.is_finished():
             ended = ids[-1] == self._tokenizer.eos_token_id
             self._finish(output, "eos" if ended else "length", None)
+
+    def _tell(self, token: int) -> None:
+        if self._request.on_text is not None and (
+            text := self._text.step(self._tokenizer.backend_tokenizer, token)
+        ):
+            self._request.on_text(text)
 
     def _stop_string(self, tail: list[int]) -> str | None:
         if not self._request.stop:

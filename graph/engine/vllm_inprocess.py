@@ -28,7 +28,7 @@ from .weight_sync import SyncWorker, handed_over
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from vllm import SamplingParams
+    from vllm import CompletionOutput, SamplingParams
     from vllm.v1.engine.async_llm import AsyncLLM
 
 
@@ -129,18 +129,23 @@ class VLLMEngine(Engine):
             _sampling_params(request),
             request_id=f"deeprec-{next(self._ids)}",
         )
+        ids: list[int] = []
+        logprobs: list[float] = []
+        last: CompletionOutput | None = None
         try:
-            last = [output async for output in outputs]  # FINAL_ONLY: one
+            async for output in outputs:  # one, or piece by piece where somebody listens
+                last = output.outputs[0]
+                ids += last.token_ids
+                sampled = zip(last.logprobs or (), last.token_ids, strict=True)
+                logprobs += (at[token].logprob for at, token in sampled)
+                if request.on_text is not None and last.text:
+                    request.on_text(last.text)
         except Exception as error:  # the boundary: vLLM's errors have no common base
             raise EngineError(f"vLLM refused or lost a generation: {error!r}") from error
-        if not last:
+        if last is None:
             raise EngineError("vLLM ended a generation without a result")
-        completion = last[-1].outputs[0]
-        ids = tuple(completion.token_ids)
-        logprobs = tuple(
-            at[token].logprob for at, token in zip(completion.logprobs or (), ids, strict=True)
-        )
-        return Generation(ids, logprobs, *_finish(completion.finish_reason, completion.stop_reason))
+        finish = _finish(last.finish_reason, last.stop_reason)
+        return Generation(tuple(ids), tuple(logprobs), *finish)
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Replace the model's weights; the next generation is made with them.
@@ -193,10 +198,11 @@ def _sampling_params(request: GenerationRequest) -> SamplingParams:
         top_p=request.top_p,
         seed=request.seed,
         stop=list(request.stop),
+        include_stop_str_in_output=True,  # else text is held back in case it becomes one
         logprobs=0,
         structured_outputs=guided,
         skip_special_tokens=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
+        output_kind=RequestOutputKind.DELTA if request.on_text else RequestOutputKind.FINAL_ONLY,
     )
 
 

@@ -5,10 +5,13 @@ Start one with `deeprec serve-llm`, or point at replicas behind a load balancer.
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import sys
+from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -97,16 +100,22 @@ class VLLMServerEngine(Engine):
                 reraise=True,
             ):
                 with attempt:
-                    reply = await self._post(_body(self.name, request))
+                    reply = await self._post(request)
+                # Another try may write another text: what was heard of the first stays alone.
+                request = replace(request, on_text=None)
         except _ServerBusyError as error:
             raise EngineError(
                 f"no answer from {self.url} for {self._retry_seconds:g} s, no more tries: {error}"
             ) from error
         return _generation(reply)
 
-    async def _post(self, body: dict[str, Any]) -> dict[str, Any]:
+    async def _post(self, request: GenerationRequest) -> dict[str, Any]:
+        body = _body(self.name, request)
         try:
-            reply = await self._client.post("/v1/completions", json=body)
+            async with self._client.stream("POST", "/v1/completions", json=body) as reply:
+                if request.on_text is not None and reply.is_success:
+                    return await _hear(reply, request.on_text)
+                await reply.aread()
         except httpx.TransportError as error:
             raise _ServerBusyError(repr(error)) from error
         if reply.status_code >= 500 or reply.status_code == 429:
@@ -139,6 +148,8 @@ def _body(model: str, request: GenerationRequest) -> dict[str, Any]:
         "top_p": request.top_p,
         "seed": request.seed,
         "stop": list(request.stop),
+        "include_stop_str_in_output": True,
+        "stream": request.on_text is not None,
         "logprobs": 0,
         "return_token_ids": True,
         "skip_special_tokens": False,
@@ -152,6 +163,29 @@ def _body(model: str, request: GenerationRequest) -> dict[str, Any]:
             else {"regex": constraint.regex}
         )
     return body
+
+
+async def _hear(reply: httpx.Response, on_text: Callable[[str], None]) -> dict[str, Any]:
+    """Read server-sent events, and join them to what an answer without a stream would be."""
+    ids: list[int] = []
+    logprobs: list[float] = []
+    last: dict[str, Any] = {}
+    async for line in reply.aiter_lines():
+        data = line.removeprefix("data: ")
+        if data in (line, "[DONE]"):
+            continue
+        try:
+            last = json.loads(data)["choices"][0]
+            ids += last["token_ids"]
+            logprobs += last["logprobs"]["token_logprobs"] if last["token_ids"] else []
+        except (ValueError, KeyError, IndexError, TypeError) as error:
+            raise EngineError(
+                f"the LLM server broke off a generation or is not vLLM's: {data[:500]} ({error!r})"
+            ) from error
+        if text := last.get("text"):
+            on_text(text)
+    joined = {**last, "token_ids": ids, "logprobs": {"token_logprobs": logprobs}}
+    return {"choices": [joined]}
 
 
 def _generation(reply: dict[str, Any]) -> Generation:

@@ -15,7 +15,7 @@ from deeprec.errors import EngineError
 from deeprec.graph.build import build_graph
 from deeprec.graph.engine.base import Engine, Generation, GenerationRequest
 from deeprec.graph.engine.tokenizer import load_tokenizer
-from deeprec.graph.state import RunSettings
+from deeprec.graph.state import RunSettings, State
 from deeprec.settings import load_settings
 from deeprec.tools.catalog import Catalog, CatalogSettings, Fingerprint
 from deeprec.tools.interactions import InteractionData, leave_one_out
@@ -130,7 +130,11 @@ def run_graph(retriever: Retriever) -> RunGraph:
             {"decoding": "free", "k": 2, "retrieve_n": 4, **settings}
         )
         graph = build_graph(engine, retriever, histories={"u": ["0", "1", "2"]}, settings=chosen)
-        *_, state = graph.stream(request or {"user_id": "u"}, stream_mode="values")
+        *_, state = graph.stream(
+            request or {"user_id": "u"},
+            stream_mode="values",
+            output_keys=list(State.__annotations__),
+        )
         return Run(state, engine)
 
     return run

@@ -22,7 +22,7 @@ from deeprec.graph.engine.base import Constraint, Engine, Generation, Generation
 from deeprec.graph.engine.vllm_inprocess import VLLMEngine
 from deeprec.graph.engine.vllm_server import VLLMServerEngine
 from deeprec.graph.engine.weight_sync import SyncWorker, _end_with
-from deeprec.graph.state import RecommendationResponse, RunSettings
+from deeprec.graph.state import RecommendationResponse, RunSettings, State
 from deeprec.graph.transcript import Transcript, segment_ids
 from deeprec.settings import load_settings
 from deeprec.tools.retriever import Retriever
@@ -74,7 +74,8 @@ def run(engine: Engine, retriever: Retriever, user: int, **settings: Any) -> dic
     )
     histories = {"u": [str(user), str(user + 1), str(user + 2)]}
     graph = build_graph(engine, retriever, histories=histories, settings=chosen)
-    *_, state = graph.stream({"user_id": "u"}, stream_mode="values")
+    keys = list(State.__annotations__)
+    *_, state = graph.stream({"user_id": "u"}, stream_mode="values", output_keys=keys)
     return state
 
 

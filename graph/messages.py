@@ -1,0 +1,83 @@
+"""A run as chat messages, for people: the request, thoughts with their searches, lists, the answer.
+
+They are read off what the nodes hand on, and nothing in the loop reads them back.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from langchain_core.messages import AIMessage, HumanMessage, ToolCall, ToolMessage
+
+from .state import FILLED, RecommendationRequest, State
+
+TOOL = "call_trm"
+_LATEST = 8  # titles of a history that are shown
+
+
+def request_message(
+    request: RecommendationRequest, *, k: int, titles: Sequence[str]
+) -> HumanMessage:
+    """Say what is asked for. `titles` are the history's, oldest first."""
+    more = f"… {len(titles) - _LATEST} more, then " if len(titles) > _LATEST else ""
+    said = [f"Recommend {k} items to a user who liked {more}{', '.join(titles[-_LATEST:])}."]
+    if request.filters:
+        said.append(f"Only {json.dumps(request.filters, ensure_ascii=False, default=str)}.")
+    if request.wishes:
+        said.append(f"They ask for: {'; '.join(request.wishes)}.")
+    return HumanMessage(" ".join(said))
+
+
+def thought_message(state: State, update: Mapping[str, Any]) -> AIMessage:
+    """Say what `think` thought, and what it searches for, if anything, as a call of a tool."""
+    pending = update["pending"]
+    if pending is None:
+        return AIMessage("".join(turn["thought"] for turn in update["turns"]))
+    call = ToolCall(
+        name=TOOL, args={"preference": pending["preference"]}, id=_call_id(state.get("turns", []))
+    )
+    return AIMessage(pending["thought"], tool_calls=[call])
+
+
+def list_messages(state: State, update: Mapping[str, Any]) -> list[AIMessage | ToolMessage]:
+    """Say what `call_trm` found, or why it searched for nothing.
+
+    Where the preference was edited since, the message that asked for it is told anew.
+    """
+    turns = state.get("turns", [])
+    if update.get("stop_reason"):
+        failure = update["failure"] or {"detail": update["stop_reason"]}
+        text, status = failure["detail"], "error"
+    else:
+        (turn,) = update["turns"]
+        lines = (f"{rank}. {item['title']}" for rank, item in enumerate(turn["retrieved"], 1))
+        text = turn["refused"] or "\n".join(lines)
+        status = "error" if turn["refused"] else "success"
+    call_id = _call_id(turns)
+    found = ToolMessage(text, name=TOOL, tool_call_id=call_id, status=status)
+    return [*_asked_otherwise(state, call_id), found]
+
+
+def _asked_otherwise(state: State, call_id: str) -> list[AIMessage]:
+    args = {"preference": (state["pending"] or {}).get("preference")}
+    for message in state.get("messages", []):
+        for call in message.tool_calls if isinstance(message, AIMessage) else ():
+            if call["id"] == call_id and call["args"] != args:
+                return [message.model_copy(update={"tool_calls": [{**call, "args": args}]})]
+    return []
+
+
+def answer_message(update: Mapping[str, Any]) -> AIMessage:
+    """Say the list, or why there is none; lines that are not the policy's own are marked."""
+    lines = [
+        f"{line['rank']}. {line['title']}{' (filled)' if line['source'] in FILLED else ''}"
+        for line in update["recommendations"]
+    ]
+    failure = update["failure"]
+    return AIMessage("\n".join(lines) or (failure["detail"] if failure else "No item was found."))
+
+
+def _call_id(turns: Sequence[object]) -> str:
+    return f"search-{len(turns) + 1}"

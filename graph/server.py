@@ -1,0 +1,99 @@
+"""What langgraph.json names beside the graph: the app around LangGraph's server, and its threads.
+
+The app loads and warms the agent before the server answers, and refuses malformed runs at the door.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+
+from ..errors import RequestError
+from ..settings import load_settings
+from . import app as agent
+from .persistence import open_checkpointer
+from .requests import parse_request, parse_settings
+
+if TYPE_CHECKING:
+    from langgraph.checkpoint.base import BaseCheckpointSaver
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+_RUNS = re.compile(r"(/threads/[^/]+)?/runs(/stream|/wait|/batch)?")
+
+
+@asynccontextmanager
+async def checkpointer() -> AsyncIterator[BaseCheckpointSaver[Any]]:
+    """Where the server keeps its threads, as the settings say."""
+    async with open_checkpointer(load_settings().checkpoints_at) as saver:
+        yield saver
+
+
+@asynccontextmanager
+async def _lifespan(_: Starlette) -> AsyncIterator[None]:
+    await asyncio.to_thread(agent.warm)
+    yield
+
+
+class RefuseMalformed:
+    """Answers the start of a run with HTTP 422 where its input or its context is malformed.
+
+    LangGraph's server takes any input, and the run would fail later.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on everything else as it came."""
+        if (
+            scope["type"] != "http"
+            or scope["method"] != "POST"
+            or not _RUNS.fullmatch(scope["path"])
+        ):
+            await self._app(scope, receive, send)
+            return
+        body = await Request(scope, receive).body()
+        try:
+            await asyncio.to_thread(_check, body)
+        except RequestError as error:
+            await JSONResponse({"detail": str(error)}, 422)(scope, receive, send)
+            return
+        unread = [body]
+
+        async def again() -> Message:
+            if unread:
+                return {"type": "http.request", "body": unread.pop(), "more_body": False}
+            return await receive()
+
+        await self._app(scope, again, send)
+
+
+def _check(body: bytes) -> None:
+    """Raise RequestError where a run can't be what its caller meant."""
+    try:
+        payload = json.loads(body)
+    except ValueError:
+        return  # the server says what is wrong with it
+    for run in payload if isinstance(payload, list) else [payload]:
+        if not isinstance(run, Mapping):
+            return
+        given, context = run.get("input"), run.get("context")
+        if isinstance(context, Mapping):
+            parse_settings(**context)
+        if given is None:  # a run that goes on
+            continue
+        if not isinstance(given, Mapping):
+            raise RequestError(f"malformed request: input: not an object (got {given!r:.200})")
+        agent.check_filters(parse_request(**given).filters)
+
+
+app = Starlette(lifespan=_lifespan, middleware=[Middleware(RefuseMalformed)])
