@@ -104,7 +104,9 @@ class Peer:
     fitted: Path
 
     def recommend(self, users: Sequence[User]) -> Iterator[Ranking]:
-        """See Recommender. Raises EvaluationError where RecBole's environment is missing."""
+        """See Recommender. Raises EvaluationError where RecBole's environment is missing, or what
+        was kept is damaged.
+        """
         ranked = {ranking.user: ranking for ranking in self._result().rankings}
         for user in users:
             found = ranked[user.id]
@@ -113,7 +115,7 @@ class Peer:
 
     def _result(self) -> PeerResult:
         if self.fitted.exists():
-            return PeerResult.model_validate_json(self.fitted.read_bytes())
+            return PeerResult.read(self.fitted, self.task.targets)
         result = run_recbole(
             self.task.data,
             self.entry.model,
