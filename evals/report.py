@@ -6,8 +6,10 @@ but our own charts, and the page's policy forbids scripts and loads.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import EvaluationError
 from . import charts
@@ -16,8 +18,12 @@ from .results import Results, Row
 from .statistics import paired_p
 from .tables import Table, interval, number, p_value, tables
 
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
 _TEMPLATES = Path(__file__).parent / "templates"
 _RESAMPLES = 2000
+_INTERVAL = re.compile(r" (\([−\d.]+(?:–| to )[−\d.]+\))")
 
 
 def report(folders: Sequence[Path]) -> str:
@@ -55,6 +61,7 @@ def render(runs: Sequence[Results], per_user: Sequence[Mapping[str, dict[str, fl
         lstrip_blocks=True,
     )
     page.filters["number"] = number
+    page.filters["cell"] = _with_interval_below
     shown = [
         {
             "results": run,
@@ -80,6 +87,13 @@ def render(runs: Sequence[Results], per_user: Sequence[Mapping[str, dict[str, fl
     return page.get_template("report.html").render(
         runs=shown, beside=_beside(runs, per_user), outcomes=outcomes
     )
+
+
+def _with_interval_below(cell: str) -> Markup:
+    """A cell with the interval that stands in it on a line of its own."""
+    from markupsafe import Markup, escape
+
+    return Markup(_INTERVAL.sub(r"<small>\1</small>", str(escape(cell))))  # noqa: S704
 
 
 def _beside(

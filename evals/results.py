@@ -115,11 +115,12 @@ class Outcome(_Found):
 
 
 class TracedItem(_Found):
-    """A retrieved item."""
+    """A retrieved item; `number` is what the policy calls it where answers name numbers."""
 
     title: str
     score: float
     hit: bool
+    number: int | None = None
 
 
 class TracedTurn(_Found):

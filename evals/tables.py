@@ -184,7 +184,7 @@ def _agents(results: Results) -> Table:
 
 
 def _counts(pairs: Iterable[tuple[object, int]]) -> str:
-    return ", ".join(f"{name}: {count}" for name, count in pairs)
+    return ", ".join(f"{name}: {count}" for name, count in pairs) or "none"
 
 
 def _means(values: dict[str, float]) -> str:
