@@ -31,8 +31,7 @@ _STYLE = {
 
 def bars(results: Results) -> str:
     """The leading metric and the longest recall of every row, with intervals."""
-    recalls = [name for name in results.metrics if name.startswith("recall@")]
-    names = dict.fromkeys([results.compare_by, *recalls[-1:]])
+    names = results.leading
     agents = {agent.recommender for agent in results.agents}
     rows = results.rows[::-1]  # the first on top
     colours = [_AGENT if row.recommender in agents else _BASELINE for row in rows]

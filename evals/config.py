@@ -14,8 +14,9 @@ from .recbole.peer import PYTHON, RecBoleModel
 Past = Literal["excluded", "included"]
 """Whether what a user has had may be recommended again."""
 
-WishKind = Literal["only", "no", "more_like"]
-"""only X: a main attribute value; no Y: likewise; more like Z: an item of the past."""
+WishKind = Literal["only", "without", "more_like"]
+"""Only X: a main attribute value; no Y (YAML reads a bare `no` as false): likewise; more like Z: an
+item of the past."""
 
 Way = Literal["words", "preference", "filter"]
 """How a wish is told: as people say it, as the text that the TRM reads, or as a hard filter."""

@@ -31,6 +31,16 @@ def report(folders: Sequence[Path]) -> str:
 
     Raises EvaluationError: no results, damaged ones, or those of different data sets.
     """
+    runs = read_runs(folders)
+    return render(runs, [read_per_user(folder, runs[0].compare_by) for folder in folders])
+
+
+def read_runs(folders: Sequence[Path]) -> list[Results]:
+    """Results that can stand side by side.
+
+    Raises EvaluationError: none, damaged ones, those of different data sets, or without the metric
+    by which the first compares.
+    """
     runs = [Results.read(folder) for folder in folders]
     first = runs[0]
     for folder, run in zip(folders, runs, strict=True):
@@ -44,8 +54,7 @@ def report(folders: Sequence[Path]) -> str:
                 f"{folder} has no {first.compare_by}, by which {folders[0]} compares: add it to "
                 "its metrics"
             )
-    found = [read_per_user(folder, first.compare_by) for folder in folders]
-    return render(runs, found)
+    return runs
 
 
 def render(runs: Sequence[Results], per_user: Sequence[Mapping[str, dict[str, float]]] = ()) -> str:

@@ -196,6 +196,12 @@ class Results(_Found):
     traces: tuple[Trace, ...]
     steering: tuple[Steered, ...] = ()
 
+    @property
+    def leading(self) -> tuple[str, ...]:
+        """The metrics that stand for all: the one that compares, and the longest recall."""
+        recalls = [name for name in self.metrics if name.startswith("recall@")]
+        return tuple(dict.fromkeys([self.compare_by, *recalls[-1:]]))
+
     def write(self, folder: Path) -> None:
         """Keep it in a run's folder, whole or not at all. Raises SettingsError."""
         write_text(folder / RESULTS, self.model_dump_json(indent=1) + "\n")

@@ -105,12 +105,14 @@ class Wishes:
         for value in vocabulary.phrases(terms):
             if value not in self._values:
                 continue
-            wanted: object = value if kind == "only" else {"not": [value]}
-            filters = Filters.parse({attribute: wanted})
+            only = kind == "only"
+            filters = Filters.parse({attribute: value if only else {"not": [value]}})
             fit = self._mask(filters)
-            if np.delete(fit, past).sum() >= self._k:
-                preference = f"{attribute}: {value}" if kind == "only" else f"no {value}"
-                open_.append(Stated(f"{kind} {value}", preference, filters, fit.astype(float)))
+            if np.delete(fit, past).sum() < self._k:
+                continue
+            words = f"only {value}" if only else f"no {value}"
+            preference = f"{attribute}: {value}" if only else words
+            open_.append(Stated(words, preference, filters, fit.astype(float)))
         if not open_:
             return None
         return open_[int(rng.integers(len(open_)))] if kind == "only" else open_[0]

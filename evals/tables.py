@@ -20,10 +20,11 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
 
     def markdown(self) -> str:
-        """As Markdown."""
+        """As Markdown; an empty title is left out."""
         lines = [self.head, ("---", *("---:" for _ in self.head[1:])), *self.rows]
         body = "\n".join(f"| {' | '.join(map(_plain, cells))} |" for cells in lines)
-        return f"### {_plain(self.title)}\n\n{_plain(self.note)}\n\n{body}\n"
+        title = f"### {_plain(self.title)}\n\n" if self.title else ""
+        return f"{title}{_plain(self.note)}\n\n{body}\n"
 
 
 def tables(results: Results) -> list[Table]:
@@ -171,7 +172,7 @@ def _steering(results: Results) -> Table:
     )  # fmt: skip
 
 
-_WISHES = {"only": "only X", "no": "no Y", "more_like": "more like Z"}
+_WISHES = {"only": "only X", "without": "no Y", "more_like": "more like Z"}
 
 _FIGURES: Sequence[tuple[str, Callable[[AgentFigures], str]]] = (
     ("strict format", lambda a: interval(a.strict)),

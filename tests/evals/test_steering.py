@@ -43,8 +43,8 @@ def test_wishes_are_made_of_the_past() -> None:
     comedy = next(wish for wish in only.values() if wish.words == "only Comedy")
     assert comedy.preference == "genres: Comedy"
     assert np.flatnonzero(comedy.fit).tolist() == [0, 1, 2, 8, 9]
-    assert {wish.words for wish in wishes().of("no", users).values()} == {"no Drama"}
-    drama = wishes().of("no", users)["0"]
+    assert {wish.words for wish in wishes().of("without", users).values()} == {"no Drama"}
+    drama = wishes().of("without", users)["0"]
     assert drama.preference == "no Drama"
     assert np.flatnonzero(drama.fit).tolist() == [0, 1, 2, *range(10, 16)]
     like = wishes().of("more_like", users)
@@ -66,7 +66,7 @@ def test_data_without_attributes_states_no_such_wish() -> None:
     items = tuple(replace(item, attributes={}) for item in ITEMS)
     none = Wishes(items, EMBEDDINGS, k=1, seed=0)
     with pytest.raises(EvaluationError, match="Drop it from steering"):
-        none.of("no", [User("u", ("1",))])
+        none.of("without", [User("u", ("1",))])
     assert none.of("more_like", [User("u", ("1",))])["u"].words == "more like Film 1"
 
 
@@ -114,10 +114,10 @@ def test_the_trm_takes_wishes_in_both_forms(
         own(self, recommender, missing, found, store, title)
 
     monkeypatch.setattr(module._Round, "_ask", ask)
-    kinds = ["only", "no", "more_like"]
+    kinds = ["only", "without", "more_like"]
     results = run(steering=kinds)
-    forms = [("only", "preference"), ("only", "filter"), ("no", "preference"), ("no", "filter"),
-             ("more_like", "preference")]  # fmt: skip
+    both = [(kind, way) for kind in kinds[:2] for way in ("preference", "filter")]
+    forms = [*both, ("more_like", "preference")]
     names = ("trm", "trm genres")
     assert asked == [f"{name}, {kind} as {way}" for name in names for kind, way in forms]
     assert [(s.recommender, s.wish, s.way) for s in results.steering] == [
