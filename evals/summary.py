@@ -41,22 +41,21 @@ def summary(runs: Sequence[Results]) -> Table:
     """
     first = runs[0]
     names = [name for name in first.leading if all(name in run.metrics for run in runs)]
-    rows = {
-        (row.label, row.users): (
+    rows: dict[tuple[str, int], tuple[str, ...]] = {}
+    for row in (row for run in runs for row in run.rows):
+        cells = (
             row.label,
             str(row.users),
             *(interval(row.metrics[name]) for name in names),
             "" if row.versus is None else interval(row.versus.difference),
             "" if row.versus is None else p_value(row.versus.p_adjusted),
         )
-        for run in reversed(runs)
-        for row in reversed(run.rows)
-    }
+        rows.setdefault((row.label, row.users), cells)
     return Table(
         "",
         f"{first.dataset}, {first.items} items, lists of {first.k}; 95 % bootstrap intervals over "
         f"users; difference by {first.compare_by} to the best baseline of the same evaluation, and "
         "its adjusted p.",
         ("recommender", "users", *names, "difference", "p"),
-        tuple(reversed(rows.values())),
+        tuple(rows.values()),
     )

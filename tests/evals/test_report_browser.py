@@ -7,14 +7,17 @@ from typing import Literal
 
 import pytest
 from playwright.sync_api import Browser, Page, sync_playwright
+from rich.console import Console
 
+from deeprec.evals import agents
+from deeprec.evals.evaluate import evaluate
 from deeprec.evals.report import report
 from deeprec.evals.results import Results
+from deeprec.tools.workspace import Workspace
 
-from .conftest import Evaluate
-from .test_agents import AGENT, GOOD, INVENTS, OUTAGE, REPEATS, Play, play
-
-__all__ = ["play"]
+from ..graph.conftest import ScriptedEngine
+from .conftest import Evaluate, config
+from .test_agents import AGENT, GOOD, INVENTS, OUTAGE, REPEATS, SMALL
 
 _CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))),
@@ -26,9 +29,27 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    # Root, as in containers, has no sandbox of Chromium's.
+def file(place: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of an evaluation with every kind of run."""
+    folder = tmp_path_factory.mktemp("browser") / "run"
+    engine = ScriptedEngine([*GOOD, *REPEATS, *OUTAGE, *INVENTS], 8192)
+    entries = {**AGENT, "markov": {"kind": "markov"}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(agents, "load_engine", lambda _: engine)
+        evaluate(config(folder, **{**SMALL, "recommenders": entries}), place, Console(quiet=True))
+    return folder / "report.html"
+
+
+@pytest.fixture(scope="module")
+def results(file: Path) -> Results:
+    return Results.read(file.parent)
+
+
+@pytest.fixture(scope="module")
+def browser(file: Path) -> Iterator[Browser]:
+    # After `file`: Playwright's loop runs in this thread, where agents' runs need one of their own.
     with sync_playwright() as playwright:
+        # Root, as in containers, has no sandbox of Chromium's.
         own = playwright.chromium.launch(executable_path=_CHROMIUM, args=["--no-sandbox"])
         yield own
         own.close()
@@ -57,16 +78,6 @@ def open_(browser: Browser) -> Iterator[Open]:
     for page in pages:
         page.close()
     assert trouble == []
-
-
-@pytest.fixture
-def results(play: Play) -> Results:
-    return play(*GOOD, *REPEATS, *OUTAGE, *INVENTS, recommenders={**AGENT, "p": {"kind": "markov"}})
-
-
-@pytest.fixture
-def file(results: Results, tmp_path: Path) -> Path:
-    return tmp_path / "run" / "report.html"
 
 
 def test_tables_and_charts_are_there(open_: Open, file: Path, results: Results) -> None:
