@@ -189,6 +189,18 @@ def eval_report(
 
 
 @app.command()
+def eval_table(
+    runs: Annotated[list[Path], typer.Argument(help="Output folders of `deeprec eval`.")],
+    into: Annotated[Path, typer.Option(help="Markdown file with the two marker comments.")],
+) -> None:
+    """Write the result table of evaluations into a README, in the place of the one before."""
+    from .evals.summary import insert_summary
+
+    insert_summary(runs, into)
+    console.print(f"Written to {into}", soft_wrap=True)
+
+
+@app.command()
 def index(workspace: WorkspaceOption = None) -> None:
     """Fill the catalog with the workspace's items and their vectors."""
     from .tools.progress import counted

@@ -12,10 +12,12 @@ from numpy.typing import NDArray
 
 from ..graph.fusion import reciprocal_rank_fusion
 from ..graph.state import RecommendationResponse, RunSettings
-from .results import AgentFigures, ListName, TurnPoint
+from .config import Price
+from .results import AgentFigures, Cost, ListName, TurnPoint
 from .statistics import Interval, intervals, paired_p
 
-_AUTHORS = ("prompt", "policy", "guided", "chat", "forced", "environment")
+_READ, _GENERATED = ("prompt", "forced", "environment"), ("policy", "guided", "chat")
+_AUTHORS = (*_READ, *_GENERATED)
 
 
 def is_strict(response: RecommendationResponse) -> bool:
@@ -56,6 +58,8 @@ class Runs:
     alone: NDArray[np.int64] | None
     resamples: int
     seed: int
+    seconds: Sequence[float | None] = ()  # between answers, see Ranking
+    price: Price | None = None
 
     def figures(self) -> AgentFigures:
         """All figures; a missing run counts as one that found and wrote nothing."""
@@ -69,6 +73,10 @@ class Runs:
             sum(line.filled for line in run.recommendations) if run else 0 for run in self.runs
         ]
         seconds = np.array([run.usage.seconds for run in there] or [0.0])
+        tokens = {
+            author: _mean(getattr(run.usage, f"{author}_tokens") for run in there)
+            for author in _AUTHORS
+        }
         strict = [run is not None and is_strict(run) for run in self.runs]
         return AgentFigures(
             recommender=self.recommender,
@@ -96,16 +104,26 @@ class Runs:
             repeated_lines=sum(len(ids) - len(set(ids)) for ids in answers),
             lines_by_source=_counted(line.source for line in lines),
             filled_lines=self._interval(filled),
-            tokens={
-                author: _mean(getattr(run.usage, f"{author}_tokens") for run in there)
-                for author in _AUTHORS
-            },
+            tokens=tokens,
             generations=_mean(run.usage.generations for run in there),
             seconds={
                 "mean": float(seconds.mean()),
                 "median": float(np.median(seconds)),
                 "95th percentile": float(np.quantile(seconds, 0.95)),
             },
+            cost=self._cost(tokens) if there else None,
+        )
+
+    def _cost(self, tokens: Mapping[str, float]) -> Cost:
+        known = [one for one in self.seconds if one is not None]
+        seconds = 1000 * _mean(known) if known and len(known) == len(self.seconds) else None
+        per_hour = None if self.price is None else self.price.per_hour
+        return Cost(
+            tokens_read=1000 * sum(tokens[author] for author in _READ),
+            tokens_generated=1000 * sum(tokens[author] for author in _GENERATED),
+            machine_seconds=seconds,
+            price=None if seconds is None or per_hour is None else seconds / 3600 * per_hour,
+            currency=None if self.price is None else self.price.currency,
         )
 
     @cached_property

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+import time
+from collections.abc import Awaitable, Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import closing
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import EngineError, RequestError, SettingsError
-from ..graph.app import load_engine, load_graph, run_settings
+from ..graph.app import load_engine, run_settings
+from ..graph.build import build_graph
 from ..graph.engine.adapter import ADAPTER_WEIGHTS
 from ..graph.requests import parse_request
 from ..graph.state import RecommendationResponse, RunSettings
 from ..settings import Settings
+from ..tools.retriever import RetrievalRequest, Retriever, ScoredItem
 from ..tools.workspace import Workspace
 from .config import AgentEntry, EvalRun
 from .store import Ranking
@@ -39,8 +46,9 @@ class Agent:
         graph = self._graph()
 
         async def one(user: User) -> Ranking:
+            wishes = [user.wish.words] if user.wish.words else []
             try:
-                answer = await graph.ainvoke(parse_request(user_id=user.id))
+                answer = await graph.ainvoke(parse_request(user_id=user.id, wishes=wishes))
             except RequestError as error:
                 return Ranking(user=user.id, items=(), failure=str(error))
             run = RecommendationResponse.model_validate(answer)
@@ -51,7 +59,12 @@ class Agent:
                 run=run,
             )
 
-        return _as_finished(one, users, self._concurrency)
+        before = time.monotonic()  # the engine is loaded
+        with closing(_as_finished(one, users, self._concurrency)) as answers:
+            for ranking in answers:
+                now = time.monotonic()
+                yield ranking.model_copy(update={"seconds": now - before})
+                before = now
 
 
 def agent_settings(settings: Settings, entry: AgentEntry, config: EvalRun) -> RunSettings:
@@ -89,6 +102,14 @@ def policy_digest(settings: Settings, entry: AgentEntry) -> str:
     return f"{own.model_name} + {digest}"
 
 
+class BlindRetriever(Retriever):
+    """Searches by the history alone, whatever preference it is given."""
+
+    def submit(self, request: RetrievalRequest) -> Future[list[ScoredItem]]:
+        """See Retriever."""
+        return super().submit(replace(request, preference=None))
+
+
 class Engines:
     """The engine in use: agents of one LLM share it, another one's takes its place."""
 
@@ -101,15 +122,27 @@ class Engines:
         self, entry: AgentEntry, settings: RunSettings
     ) -> CompiledStateGraph[Any, Any, Any, Any]:
         """Load what the entry's agent needs. Raises DeepRecError where a part is missing."""
-        own = _own(self._workspace.settings, entry)
+        own, workspace = _own(self._workspace.settings, entry), self._workspace
+        retriever = self._blind if entry.kind == "blind_agent" else workspace.retriever
         wanted = (own.model_name, own.adapter)
         if self._engine is None or wanted != self._of:
-            self.close()
+            self._release()
             self._engine, self._of = load_engine(own), wanted
-        return load_graph(self._workspace, settings, hold_out=True, engine=self._engine)
+        histories = workspace.histories(hold_out=True)
+        return build_graph(self._engine, retriever, histories=histories, settings=settings)
+
+    @cached_property
+    def _blind(self) -> BlindRetriever:
+        workspace = self._workspace
+        return BlindRetriever(workspace.trm, workspace.encoder, workspace.catalog)
 
     def close(self) -> None:
-        """Release the engine, if there is one."""
+        """Release what was loaded here."""
+        self._release()
+        if "_blind" in self.__dict__:
+            self._blind.close()
+
+    def _release(self) -> None:
         if self._engine is not None:
             self._engine.close()
             self._engine = None
@@ -124,7 +157,7 @@ def _own(settings: Settings, entry: AgentEntry) -> Settings:
 
 def _as_finished(
     work: Callable[[User], Awaitable[Ranking]], users: Sequence[User], limit: int
-) -> Iterator[Ranking]:
+) -> Generator[Ranking]:
     """Results as they come, `limit` at work. What is left is cancelled when nobody asks on."""
     waiting = iter(users)
     running: set[asyncio.Future[Ranking]] = set()

@@ -31,8 +31,7 @@ _STYLE = {
 
 def bars(results: Results) -> str:
     """The leading metric and the longest recall of every row, with intervals."""
-    recalls = [name for name in results.metrics if name.startswith("recall@")]
-    names = dict.fromkeys([results.compare_by, *recalls[-1:]])
+    names = results.leading
     agents = {agent.recommender for agent in results.agents}
     rows = results.rows[::-1]  # the first on top
     colours = [_AGENT if row.recommender in agents else _BASELINE for row in rows]
@@ -51,6 +50,7 @@ def bars(results: Results) -> str:
             )
             axes.set_title(name)
             axes.set_xlim(left=0)
+            axes.locator_params(axis="x", nbins=5)
 
     return _svg(draw, width=9, height=0.8 + 0.28 * len(rows))
 
@@ -62,10 +62,12 @@ def turns(agent: AgentFigures) -> str:
         axes = figure.subplots()
         at = [point.searches for point in agent.turns]
         found = [point.found for point in agent.turns]
-        _line(axes, at, found, _AGENT, "retrieved by the agent", "o-")
+        # Side by side, so that no interval hides the other.
+        _line(axes, [x - 0.04 for x in at], found, _AGENT, "retrieved by the agent", "o-")
         longer = [point.longer for point in agent.turns if point.longer is not None]
         if longer:
-            _line(axes, at, longer, _BASELINE, "in the TRM's list of as many items", "s--")
+            beside = [x + 0.04 for x in at]
+            _line(axes, beside, longer, _BASELINE, "in the TRM's list of as many items", "s--")
         axes.set_xticks(at)
         axes.set_xlabel("after so many searches")
         axes.set_ylim(bottom=0)
@@ -92,7 +94,7 @@ def distributions(agent: AgentFigures) -> str:
 
 
 def _line(
-    axes: Axes, at: Sequence[int], found: Sequence[Interval], colour: str, name: str, style: str
+    axes: Axes, at: Sequence[float], found: Sequence[Interval], colour: str, name: str, style: str
 ) -> None:
     axes.errorbar(
         at,

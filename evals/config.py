@@ -14,6 +14,13 @@ from .recbole.peer import PYTHON, RecBoleModel
 Past = Literal["excluded", "included"]
 """Whether what a user has had may be recommended again."""
 
+WishKind = Literal["only", "without", "more_like"]
+"""Only X: a main attribute value; no Y (YAML reads a bare `no` as false): likewise; more like Z: an
+item of the past."""
+
+Way = Literal["words", "preference", "filter"]
+"""How a wish is told: as people say it, as the text that the TRM reads, or as a hard filter."""
+
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -44,9 +51,10 @@ class AgentEntry(_Part):
 
     Each of its runs is judged as it was written (free decoding alone), as it is served (open
     lines filled), and by its retrieved lists fused. One search at most makes it retrieve-then-rank.
+    A blind agent's TRM ignores the preferences that it is asked for.
     """
 
-    kind: Literal["agent"]
+    kind: Literal["agent", "blind_agent"]
     model: str | None = None  # hub name or folder of the LLM; none: the settings'
     adapter: Path | None = None  # folder of a LoRA adapter; none: the LLM as it is
     # Fields of RunSettings that differ from what the adapter was trained with, else the defaults.
@@ -78,6 +86,14 @@ Entry = Annotated[
 ]
 """A recommender to judge. A new kind is one more class here, and a case in recommenders.py."""
 
+
+class Price(_Part):
+    """What the machine costs that agents run on; without it only what they take is told."""
+
+    per_hour: float = Field(gt=0)
+    currency: str = Field(min_length=1, max_length=10)
+
+
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._+-]*$", max_length=60)]
 
 
@@ -102,6 +118,9 @@ class EvalRun(BaseModel):
     resamples: int = Field(5000, ge=100)  # of bootstraps and of permutation tests
     concurrency: int = Field(16, ge=1)  # runs of an agent at the same time
     traces: int = Field(3, ge=0)  # runs of an agent that the report tells, of each outcome
+    # Wishes that users state to the TRM and to agents, each in a pass of its own over all users.
+    steering: tuple[WishKind, ...] = ()
+    cost: Price | None = None
     recommenders: dict[Name, Entry] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -112,6 +131,12 @@ class EvalRun(BaseModel):
             raise ValueError(f"a metric is given twice: {', '.join(self.metrics)}")
         if self.compare_by not in self.metrics:
             raise ValueError(f"compare_by {self.compare_by!r} is not among the metrics: add it")
+        if self.steering and not any(
+            isinstance(entry, TRMEntry | AgentEntry) for entry in self.recommenders.values()
+        ):
+            raise ValueError("steering: no recommender takes a wish: add a trm or an agent")
+        if self.steering and "excluded" not in self.past:
+            raise ValueError("steering compares lists without the past: add excluded to past")
         if self.depth < self.k:
             raise ValueError(f"depth {self.depth} is below k = {self.k}: raise it")
         if len({name.casefold() for name in self.recommenders}) < len(self.recommenders):

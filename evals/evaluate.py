@@ -12,7 +12,7 @@ import os
 import platform
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,7 +31,8 @@ from .metrics import check, ranks, values
 from .per_user import write_per_user
 from .recommenders import Recommender, recommender_of
 from .report import render
-from .results import Results
+from .results import Results, Steered
+from .steering import Stated, Steering, Wishes, ways_of
 from .store import Ranking, Store
 from .tables import markdown
 from .task import Task, User
@@ -39,14 +40,14 @@ from .traces import tell
 
 if TYPE_CHECKING:
     from ..graph.state import RunSettings
-    from .config import Past
+    from .config import Past, WishKind
 
 RANKINGS, PEERS = "rankings", "peers"
 TABLE, REPORT, CONFIG = "table.md", "report.html", "config.json"
 _NEEDED = ("filelock", "ir_measures", "jinja2", "matplotlib")
 _VERSIONS = ("deeprec-agent", "ir-measures", "scipy", "torch")
 # What may change between a run and the one that goes on with it.
-_FREE = frozenset({"output", "concurrency", "traces"})
+_FREE = frozenset({"output", "concurrency", "traces", "steering", "cost"})
 
 
 class _Kept(EvalRun):
@@ -74,9 +75,10 @@ def evaluate(config: EvalRun, workspace: Workspace, console: Console) -> Results
         _check_dataset(config.output, made_of)
         keep_config(_Kept(**config.model_dump(), made_of=made_of), config.output, free=_FREE)
         with closing(Engines(workspace)) as engines:
-            answers = _Round(config, task, workspace, engines, settings, console).answers()
+            round_ = _Round(config, task, workspace, engines, settings, console)
+            answers, steered = round_.answers()
         with console.status("Judging"):
-            return _conclude(config, task, workspace, answers, made_of)
+            return _conclude(config, task, workspace, answers, steered, made_of)
 
 
 @dataclass(frozen=True)
@@ -90,23 +92,61 @@ class _Round:
     settings: Mapping[str, RunSettings]  # of agents' runs
     console: Console
 
-    def answers(self) -> list[Answers]:
-        """What every recommender answered, stored before or asked now.
+    def answers(self) -> tuple[list[Answers], list[Steered]]:
+        """What every recommender answered, stored before or asked now; and how it followed wishes.
 
         Agents never show what the user has had; baselines are asked under each rule.
         """
-        found = []
+        stated = self._stated() if self.config.steering else {}
+        found: list[Answers] = []
+        steered: list[Steered] = []
         for name in self.config.recommenders:
             rules: Sequence[Past] = ("excluded",) if name in self.settings else self.config.past
-            found += [self._completed(name, past) for past in rules]
-        return found
+            of_name = [self._plain(name, past) for past in rules]
+            found += of_name
+            without = next((one for one in of_name if one.past == "excluded"), None)
+            if without is not None:
+                steered += self._steered(name, without.rankings, stated)
+        return found, steered
 
-    def _completed(self, name: str, past: Past) -> Answers:
+    def _stated(self) -> dict[WishKind, dict[str, Stated]]:
+        items, embeddings = self.task.data.items, self.workspace.item_embeddings
+        wishes = Wishes(items, embeddings, k=self.config.k, seed=self.config.seed)
+        return {kind: wishes.of(kind, self.task.users) for kind in self.config.steering}
+
+    def _plain(self, name: str, past: Past) -> Answers:
         title = name if past == "excluded" else f"{name}, past included"
+        rankings = self._completed(title, name, past, self.task.users)
         entry = self.config.recommenders[name]
+        return Answers(name, entry, past, rankings, self.settings.get(name))
+
+    def _steered(
+        self,
+        name: str,
+        without: Mapping[str, Ranking],
+        stated: Mapping[WishKind, Mapping[str, Stated]],
+    ) -> Iterator[Steered]:
+        """Ask again with each wish, in each form that the recommender takes."""
+        for kind, wishes in stated.items():
+            for way in ways_of(self.config.recommenders[name], kind):
+                users = [
+                    replace(user, wish=wishes[user.id].told(way))
+                    for user in self.task.users
+                    if user.id in wishes
+                ]
+                title = f"{name}, {kind} as {way}"
+                rankings = self._completed(title, name, "excluded", users)
+                yield Steering(self.task, self.config).figures(
+                    name, kind, way, wishes, without, rankings
+                )
+
+    def _completed(
+        self, title: str, name: str, past: Past, users: Sequence[User]
+    ) -> Mapping[str, Ranking]:
+        """Answers for these users from the file of that title; those that are missing are asked."""
         with Store(self.config.output / RANKINGS / f"{title}.jsonl") as store:
-            found = store.read(self.task.targets)
-            missing = [u for u in self.task.users if u.id not in found or found[u.id].is_outage]
+            found = store.read(user.id for user in users)
+            missing = [user for user in users if user.id not in found or found[user.id].is_outage]
             if missing:
                 self._ask(self._recommender(name, past), missing, found, store, title)
         outages = sum(ranking.is_outage for ranking in found.values())
@@ -116,7 +156,7 @@ class _Round:
                 "asks for these users once more.",
                 style="yellow",
             )
-        return Answers(name, entry, past, found, self.settings.get(name))
+        return found
 
     def _recommender(self, name: str, past: Past) -> Recommender:
         entry = self.config.recommenders[name]
@@ -142,8 +182,8 @@ class _Round:
         title: str,
     ) -> None:
         """Store every answer as it comes; `found` grows with it."""
-        total = len(self.task.users)
         wanted = {user.id for user in missing}
+        total = len(wanted | found.keys())
         summed = self._score(found.values())
         with judged(self.console, title, done=total - len(wanted), total=total) as report:
             for ranking in recommender.recommend(missing):
@@ -172,6 +212,7 @@ def _conclude(
     task: Task,
     workspace: Workspace,
     answers: Sequence[Answers],
+    steered: Sequence[Steered],
     made_of: dict[str, str],
 ) -> Results:
     judge = Judge(task, config, workspace.item_embeddings)
@@ -190,6 +231,7 @@ def _conclude(
         rows=tuple(one.row for one in lists),
         agents=judge.agents(answers),
         traces=tell(answers, task, most=config.traces),
+        steering=tuple(steered),
     )
     write_per_user(config.output, task, config.metrics, lists)
     write_text(config.output / TABLE, markdown(results))

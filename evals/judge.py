@@ -70,6 +70,8 @@ class Judge:
                 alone=alone,
                 resamples=self.config.resamples,
                 seed=self.config.seed,
+                seconds=[one.seconds for one in answers.rankings.values()],
+                price=self.config.cost,
             ).figures()
             for answers in every
             if answers.settings is not None

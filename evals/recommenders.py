@@ -104,7 +104,9 @@ class Peer:
     fitted: Path
 
     def recommend(self, users: Sequence[User]) -> Iterator[Ranking]:
-        """See Recommender. Raises EvaluationError where RecBole's environment is missing."""
+        """See Recommender. Raises EvaluationError where RecBole's environment is missing, or what
+        was kept is damaged.
+        """
         ranked = {ranking.user: ranking for ranking in self._result().rankings}
         for user in users:
             found = ranked[user.id]
@@ -113,7 +115,7 @@ class Peer:
 
     def _result(self) -> PeerResult:
         if self.fitted.exists():
-            return PeerResult.model_validate_json(self.fitted.read_bytes())
+            return PeerResult.read(self.fitted, self.task.targets)
         result = run_recbole(
             self.task.data,
             self.entry.model,
@@ -130,7 +132,8 @@ class Peer:
 
 @dataclass(frozen=True)
 class TRMAlone:
-    """One list of the retriever for each user, without a preference or with the history's own.
+    """One list of the retriever for each user, without a preference or with the history's own;
+    a wish takes its place.
 
     Users are asked one by one: in a batch a score may differ in its last digit, and a run that was
     cut off would end otherwise than one that was not. A user whose history nothing describes has
@@ -149,15 +152,16 @@ class TRMAlone:
         vocabulary = Vocabulary.build(data.items)
         for user in users:
             gone = frozenset(user.history) if self.past == "excluded" else frozenset()
-            preference = None
-            if self.prefer:
+            preference = user.wish.preference
+            if preference is None and self.prefer:
                 history = [data.item_index[item] for item in user.history]
                 preference = history_preference(vocabulary, history)
             request = RetrievalRequest(
                 history=user.history,
                 preference=preference,
-                k=min(self.depth, now.allowed(gone).count),
+                k=min(self.depth, now.allowed(gone, user.wish.filters).count),
                 exclude=gone,
+                filters=user.wish.filters,
             )
             try:
                 (found,) = self.retriever.retrieve([request])

@@ -6,8 +6,10 @@ but our own charts, and the page's policy forbids scripts and loads.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import EvaluationError
 from . import charts
@@ -16,14 +18,28 @@ from .results import Results, Row
 from .statistics import paired_p
 from .tables import Table, interval, number, p_value, tables
 
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
 _TEMPLATES = Path(__file__).parent / "templates"
 _RESAMPLES = 2000
+_INTERVAL = re.compile(r" (\([−\d.]+(?:–| to )[−\d.]+\))")
 
 
 def report(folders: Sequence[Path]) -> str:
     """The report of one finished evaluation, or of several side by side, as HTML.
 
     Raises EvaluationError: no results, damaged ones, or those of different data sets.
+    """
+    runs = read_runs(folders)
+    return render(runs, [read_per_user(folder, runs[0].compare_by) for folder in folders])
+
+
+def read_runs(folders: Sequence[Path]) -> list[Results]:
+    """Results that can stand side by side.
+
+    Raises EvaluationError: none, damaged ones, those of different data sets, or without the metric
+    by which the first compares.
     """
     runs = [Results.read(folder) for folder in folders]
     first = runs[0]
@@ -38,8 +54,7 @@ def report(folders: Sequence[Path]) -> str:
                 f"{folder} has no {first.compare_by}, by which {folders[0]} compares: add it to "
                 "its metrics"
             )
-    found = [read_per_user(folder, first.compare_by) for folder in folders]
-    return render(runs, found)
+    return runs
 
 
 def render(runs: Sequence[Results], per_user: Sequence[Mapping[str, dict[str, float]]] = ()) -> str:
@@ -55,6 +70,7 @@ def render(runs: Sequence[Results], per_user: Sequence[Mapping[str, dict[str, fl
         lstrip_blocks=True,
     )
     page.filters["number"] = number
+    page.filters["cell"] = _with_interval_below
     shown = [
         {
             "results": run,
@@ -80,6 +96,13 @@ def render(runs: Sequence[Results], per_user: Sequence[Mapping[str, dict[str, fl
     return page.get_template("report.html").render(
         runs=shown, beside=_beside(runs, per_user), outcomes=outcomes
     )
+
+
+def _with_interval_below(cell: str) -> Markup:
+    """A cell with the interval that stands in it on a line of its own."""
+    from markupsafe import Markup, escape
+
+    return Markup(_INTERVAL.sub(r"<small>\1</small>", str(escape(cell))))  # noqa: S704
 
 
 def _beside(

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..configuration import write_text
 from ..errors import EvaluationError
-from .config import Past
+from .config import Past, Way, WishKind
 from .statistics import Interval
 
 RESULTS = "results.json"
@@ -79,6 +79,16 @@ class TurnPoint(_Found):
     longer: Interval | None  # the TRM's own list, each user's as long as the candidates
 
 
+class Cost(_Found):
+    """What 1,000 users take, by the mean of those who were asked."""
+
+    tokens_read: float  # of prompts and of the environment, each counted once
+    tokens_generated: float
+    machine_seconds: float | None  # of the whole machine; none where runs were kept without times
+    price: float | None  # of these seconds, where the configuration says what an hour costs
+    currency: str | None
+
+
 class AgentFigures(_Found):
     """An agent's runs; shares and means are over all users."""
 
@@ -104,6 +114,24 @@ class AgentFigures(_Found):
     tokens: dict[str, float]  # of a run, by author
     generations: float
     seconds: dict[str, float]  # of a run, with others beside it: mean, median, 95th percentile
+    cost: Cost | None = None  # none in results of earlier versions
+
+
+class Steered(_Found):
+    """How far lists follow a wish, over the users who stated one, and what it costs."""
+
+    recommender: str
+    wish: WishKind
+    way: Way
+    example: str  # one user's wish in words
+    users: int
+    failures: int
+    fit_before: Interval  # share of the places that fulfil it (more like: mean cosine), unasked
+    fit_after: Interval
+    fit_change: Interval
+    metric_before: Interval  # the leading metric
+    metric_after: Interval
+    metric_change: Interval
 
 
 class Outcome(_Found):
@@ -115,11 +143,12 @@ class Outcome(_Found):
 
 
 class TracedItem(_Found):
-    """A retrieved item."""
+    """A retrieved item; `number` is what the policy calls it where answers name numbers."""
 
     title: str
     score: float
     hit: bool
+    number: int | None = None
 
 
 class TracedTurn(_Found):
@@ -165,6 +194,13 @@ class Results(_Found):
     rows: tuple[Row, ...]
     agents: tuple[AgentFigures, ...]
     traces: tuple[Trace, ...]
+    steering: tuple[Steered, ...] = ()
+
+    @property
+    def leading(self) -> tuple[str, ...]:
+        """The metrics that stand for all: the one that compares, and the longest recall."""
+        recalls = [name for name in self.metrics if name.startswith("recall@")]
+        return tuple(dict.fromkeys([self.compare_by, *recalls[-1:]]))
 
     def write(self, folder: Path) -> None:
         """Keep it in a run's folder, whole or not at all. Raises SettingsError."""

@@ -26,6 +26,8 @@ class Ranking(BaseModel):
     items: tuple[str, ...]
     failure: str | None = None  # why there is no list; counts as a miss
     run: RecommendationResponse | None = None
+    # Of an agent: since the answer before it, so that the sum is the time that all took together.
+    seconds: float | None = None
 
     @property
     def is_outage(self) -> bool:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from .results import AgentFigures, Results, Row
+from .results import AgentFigures, Cost, Results, Row
 from .statistics import Interval
 
 
@@ -20,16 +20,17 @@ class Table:
     rows: tuple[tuple[str, ...], ...]
 
     def markdown(self) -> str:
-        """As Markdown."""
+        """As Markdown; an empty title is left out."""
         lines = [self.head, ("---", *("---:" for _ in self.head[1:])), *self.rows]
         body = "\n".join(f"| {' | '.join(map(_plain, cells))} |" for cells in lines)
-        return f"### {_plain(self.title)}\n\n{_plain(self.note)}\n\n{body}\n"
+        title = f"### {_plain(self.title)}\n\n" if self.title else ""
+        return f"{title}{_plain(self.note)}\n\n{body}\n"
 
 
 def tables(results: Results) -> list[Table]:
     """All tables of one evaluation; those of what it doesn't hold are left out."""
     made = [_metrics(results), _beyond(results), _groups(results), _faults(results)]
-    return [table for table in (*made, _agents(results)) if table.rows]
+    return [table for table in (*made, _steering(results), _agents(results)) if table.rows]
 
 
 def markdown(results: Results) -> str:
@@ -147,6 +148,32 @@ def _faults(results: Results) -> Table:
     )  # fmt: skip
 
 
+def _steering(results: Results) -> Table:
+    metric = results.compare_by
+    return Table(
+        "Steering by stated wishes",
+        "Only X: a main attribute value of the user's latest items, drawn at random; no Y: the "
+        "commonest of them; more like Z: one of these items. Followed: share of a list's places "
+        "that fulfil the wish (more like: mean cosine of texts), in the same users' lists without "
+        f"and with it, past excluded; and {metric} of both. Wishes are made of the past alone, so "
+        "the held-out item need not fulfil them.",
+        ("recommender, wish as …", "users", "failures", "followed without", "with", "change",
+         f"{metric} without", "with", "change"),
+        tuple(
+            (
+                f"{one.recommender}, {_WISHES[one.wish]} as {one.way}",
+                str(one.users),
+                str(one.failures),
+                *map(interval, (one.fit_before, one.fit_after, one.fit_change)),
+                *map(interval, (one.metric_before, one.metric_after, one.metric_change)),
+            )
+            for one in results.steering
+        ),
+    )  # fmt: skip
+
+
+_WISHES = {"only": "only X", "without": "no Y", "more_like": "more like Z"}
+
 _FIGURES: Sequence[tuple[str, Callable[[AgentFigures], str]]] = (
     ("strict format", lambda a: interval(a.strict)),
     ("broken rules", lambda a: _counts(a.broken_rules.items())),
@@ -169,7 +196,20 @@ _FIGURES: Sequence[tuple[str, Callable[[AgentFigures], str]]] = (
     ("tokens of a run by author", lambda a: _means(a.tokens)),
     ("LLM calls of a run", lambda a: number(a.generations)),
     ("seconds of a run, beside others", lambda a: _means(a.seconds)),
+    ("for 1,000 users: tokens read; generated", lambda a: _tokens(a.cost)),
+    ("for 1,000 users: seconds of the machine", lambda a: _machine(a.cost)),
 )
+
+
+def _tokens(cost: Cost | None) -> str:
+    return f"{cost.tokens_read:,.0f}; {cost.tokens_generated:,.0f}" if cost else "not known"
+
+
+def _machine(cost: Cost | None) -> str:
+    if cost is None or cost.machine_seconds is None:
+        return "not known"
+    priced = "" if cost.price is None else f" = {cost.price:,.2f} {cost.currency}"
+    return f"{cost.machine_seconds:,.0f}{priced}"
 
 
 def _agents(results: Results) -> Table:
@@ -177,14 +217,16 @@ def _agents(results: Results) -> Table:
     rows = [(name, *(shown(agent) for agent in agents)) for name, shown in _FIGURES]
     return Table(
         "Runs of the agents",
-        "Over all users; a failed run found and wrote nothing.",
+        "Over all users; a failed run found and wrote nothing. Tokens read: prompts and what the "
+        "environment wrote, each counted once, whatever the engine's prefix cache spares. Seconds "
+        "of the machine: from first to last answer, loading left out.",
         ("", *(agent.recommender for agent in agents)),
         tuple(rows) if agents else (),
     )
 
 
 def _counts(pairs: Iterable[tuple[object, int]]) -> str:
-    return ", ".join(f"{name}: {count}" for name, count in pairs)
+    return ", ".join(f"{name}: {count}" for name, count in pairs) or "none"
 
 
 def _means(values: dict[str, float]) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import EvaluationError
+from ..tools.filters import Filters
 from ..tools.interactions import InteractionData, Split
 from ..tools.trm.baselines import popularity
 
@@ -18,11 +19,23 @@ _COLD = 5  # an item with fewer interactions in training counts as cold
 
 
 @dataclass(frozen=True)
+class Wish:
+    """What a user asks for beside the past, in the form that the recommender takes."""
+
+    words: str | None = None  # as people say it
+    preference: str | None = None  # as the TRM reads it
+    filters: Filters = field(default_factory=Filters)
+
+
+@dataclass(frozen=True)
 class User:
-    """What a recommender may know: the past as item ids, oldest first. Not the target."""
+    """What a recommender may know: the past as item ids, oldest first, and what the user asks for.
+    Not the target.
+    """
 
     id: str
     history: tuple[str, ...]
+    wish: Wish = Wish()
 
 
 @dataclass(frozen=True, eq=False)

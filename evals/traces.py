@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from ..graph.nodes import numbering
 from ..graph.state import RecommendationResponse
 from .judge import Answers
 from .results import Outcome, Trace, TracedItem, TracedTurn
@@ -31,7 +32,7 @@ def _of(answers: Answers, task: Task, most: int) -> Iterator[Trace]:
         outcome = _outcome(ranking.run, task.targets[user.id])
         told[outcome] = told.get(outcome, 0) + 1
         if told[outcome] <= most:
-            yield _trace(answers.name, user, ranking.run, outcome, task)
+            yield _trace(answers, user, ranking.run, outcome, task)
 
 
 def _outcome(run: RecommendationResponse, target: str) -> str:
@@ -44,15 +45,19 @@ def _outcome(run: RecommendationResponse, target: str) -> str:
     return "never retrieved"
 
 
-def _trace(name: str, user: User, run: RecommendationResponse, outcome: str, task: Task) -> Trace:
+def _trace(
+    answers: Answers, user: User, run: RecommendationResponse, outcome: str, task: Task
+) -> Trace:
     target = task.targets[user.id]
     items = task.data.items
+    numbered = answers.settings is not None and answers.settings.answer_form == "numbers"
+    numbers = numbering(turn.model_dump() for turn in run.turns) if numbered else {}
 
     def title(item: str) -> str:
         return items[task.data.item_index[item]].title
 
     return Trace(
-        recommender=name,
+        recommender=answers.name,
         user=user.id,
         outcome=outcome,
         history=tuple(title(item) for item in user.history[-_HISTORY:]),
@@ -63,7 +68,12 @@ def _trace(name: str, user: User, run: RecommendationResponse, outcome: str, tas
                 preference=turn.preference,
                 refused=turn.refused,
                 retrieved=tuple(
-                    TracedItem(title=item.title, score=item.score, hit=item.id == target)
+                    TracedItem(
+                        title=item.title,
+                        score=item.score,
+                        hit=item.id == target,
+                        number=numbers.get(item.id),
+                    )
                     for item in turn.retrieved
                 ),
             )

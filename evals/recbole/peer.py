@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ...errors import EvaluationError
 from ...tools.interactions import InteractionData
@@ -54,6 +54,25 @@ class PeerResult(BaseModel):
     valid_ndcg_10: float
     report: dict[str, float]  # its own test metrics, past included: "ndcg@10", "recall@10" …
     rankings: list[Ranking] = Field(default=[])
+
+    @classmethod
+    def read(cls, path: Path, users: Iterable[str]) -> PeerResult:
+        """What was kept in a file. Raises EvaluationError where it can't be read, or ranks nothing
+        for one of `users`.
+        """
+        try:
+            kept = cls.model_validate_json(path.read_bytes())
+            missing = sorted(set(users) - {ranking.user for ranking in kept.rankings})
+            why = f"user {missing[0]!r} has no ranking in it" if missing else None
+        except OSError as error:
+            why = str(error)
+        except ValidationError as error:
+            why = error.errors()[0]["msg"]
+        if why:
+            raise EvaluationError(
+                f"{path} is damaged: {why}. Remove the file; RecBole's model is then fitted again."
+            )
+        return kept
 
 
 def run_recbole(

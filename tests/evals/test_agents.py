@@ -181,6 +181,40 @@ def test_a_refused_request_is_a_miss(
     assert f"user '{gone}' is unknown" in told["failure"]
 
 
+def test_a_blind_agent_gets_what_the_history_suggests(
+    play: Play, place: Workspace, tmp_path: Path
+) -> None:
+    blind = {**AGENT["agent"], "kind": "blind_agent"}
+    play(*GOOD * 4, recommenders={"agent": blind})
+    task = Task.of(place.data, place.split, limit=4, seed=0)
+    for user in task.users:
+        turns = stored(tmp_path)[user.id].turns[:2]
+        assert [turn.preference for turn in turns] == ["comedy", "horror"]
+        request = RetrievalRequest(user.history, k=4, exclude=frozenset(user.history))
+        (alone,) = place.retriever.retrieve([request])
+        for turn in turns:
+            assert [item.id for item in turn.retrieved] == [item.id for item in alone]
+
+
+def test_what_an_agent_takes_is_told_with_and_without_a_price(play: Play, tmp_path: Path) -> None:
+    unpriced = play(*GOOD * 4).agents[0].cost
+    lines = (tmp_path / "run" / "rankings" / "agent.jsonl").read_text().splitlines()
+    seconds = [Ranking.model_validate_json(line).seconds or 0 for line in lines]
+    assert all(one > 0 for one in seconds)
+    assert unpriced is not None
+    assert unpriced.machine_seconds == pytest.approx(1000 * sum(seconds) / 4)
+    assert unpriced.price is None
+    assert " = " not in next(
+        line
+        for line in (tmp_path / "run" / "table.md").read_text().splitlines()
+        if "seconds of the machine" in line
+    )
+    priced = play(cost={"per_hour": 7.2, "currency": "EUR"}).agents[0].cost
+    assert priced is not None
+    assert priced.price == pytest.approx(sum(seconds) / 4 * 2)  # 0.002 a second
+    assert f" = {priced.price:,.2f} EUR" in (tmp_path / "run" / "table.md").read_text()
+
+
 def test_agents_of_one_llm_share_its_engine(
     run: Evaluate, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -309,3 +343,6 @@ def test_candidates_by_hand() -> None:
     assert figures.failures == {"refused": 1}
     assert figures.tokens["policy"] == 10
     assert figures.seconds["median"] == 2
+    assert figures.cost is not None
+    assert (figures.cost.tokens_read, figures.cost.tokens_generated) == (0, 10_000)
+    assert figures.cost.machine_seconds is None  # kept without times

@@ -1,6 +1,8 @@
 """RecBole as a peer: what goes over, what comes back, and that its numbers are the same as ours."""
 
+import json
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,6 +42,44 @@ def test_names_that_would_part_fields_are_refused(tiny_data: InteractionData) ->
             epochs=1,
             python=Path(sys.executable),
         )
+
+
+def whole(data: InteractionData) -> str:
+    """What a peer answers, without its environment."""
+    rankings = [
+        {"user": user, "target": "1", "past_included": ["1"], "past_excluded": ["1"]}
+        for user in data.user_ids
+    ]
+    counts = dict.fromkeys(("threads", "users", "items", "interactions", "examples"), 1)
+    return json.dumps(
+        {**counts, "recbole": "1", "torch": "2", "epoch_seconds": [], "valid_ndcg_10": 0.0,
+         "report": {}, "rankings": rankings}
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("harm", "says"),
+    [
+        (lambda text: text[: len(text) // 2], "Invalid JSON"),
+        (lambda _: "{}", "Field required"),
+        (lambda text: text.replace('"u7"', '"u8"'), "user 'u7' has no ranking in it"),
+    ],
+)
+def test_a_damaged_answer_of_a_peer_is_named(
+    run: Evaluate,
+    tmp_path: Path,
+    tiny_data: InteractionData,
+    harm: Callable[[str], str],
+    says: str,
+) -> None:
+    kept = tmp_path / "run" / "peers" / "SASRec.json"
+    kept.parent.mkdir(parents=True)
+    kept.write_text(harm(whole(tiny_data)))
+    entry = {"kind": "recbole", "model": "SASRec"}
+    with pytest.raises(EvaluationError, match=rf"peers/SASRec\.json is damaged: {says}.*Remove"):
+        run(recommenders={"SASRec": entry})
+    kept.write_text(whole(tiny_data))
+    assert run(recommenders={"SASRec": entry}).rows[0].short == 80
 
 
 @there
