@@ -43,8 +43,11 @@ class CatalogError(DeepRecError):
     """The catalog is missing, damaged, locked or of another data set, or an item is unknown."""
 
 
-class RequestError(DeepRecError):
-    """A recommendation request that can't be answered: unknown user, item or filter, bad k."""
+class RequestError(DeepRecError, ValueError):
+    """A recommendation request that can't be answered: unknown user, item or filter, bad k.
+
+    A ValueError as well: of other errors LangGraph's server tells its clients no text.
+    """
 
 
 class AmbiguousTitleError(RequestError):

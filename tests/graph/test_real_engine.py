@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -171,6 +172,20 @@ def test_what_a_generation_is(real_engine: Engine) -> None:
         )
     ).result()
     assert tokenizer.decode(chosen.ids) in {" Alien (1979)\n", " Aliens [x]\n"}
+
+
+@pytest.mark.parametrize("where", ["real_engine", "server"])
+def test_listening_changes_nothing(where: str, request: pytest.FixtureRequest) -> None:
+    engine: Engine = request.getfixturevalue(where)
+    prompt = engine.tokenizer.encode("One, two, three, four,")
+    heard: list[str] = []
+    silent = GenerationRequest(prompt_ids=prompt, max_tokens=24, stop=(" nine",))
+    quiet = engine.submit(silent).result()
+    loud = engine.submit(replace(silent, on_text=heard.append)).result()
+    assert (loud.ids, loud.finish, loud.stop_string) == (quiet.ids, "stop", " nine")
+    assert loud.logprobs == pytest.approx(quiet.logprobs, abs=1e-3)
+    assert len(heard) > 4
+    assert "".join(heard) == engine.tokenizer.decode(loud.ids)
 
 
 def test_seeds_repeat_and_cancelling_frees_the_engine(real_engine: VLLMEngine) -> None:

@@ -50,7 +50,10 @@ def door(retriever: Retriever, monkeypatch: pytest.MonkeyPatch) -> httpx.AsyncCl
         ({"input": {"titles": ["a"]}}, "titles: "),
         ({"input": "Toy Story"}, "input: "),
         ({"input": None, "context": {"temperature": 9}}, "temperature: "),
-        ({"input": {"history": ["a"], "filters": {"colour": "red"}}}, "Known attributes: year, genres"),
+        (
+            {"input": {"history": ["a"], "filters": {"colour": "red"}}},
+            "Known attributes: year, genres",
+        ),
         ({"input": {"history": ["a"], "filters": {"genres": "Horor"}}}, "Known values: Horror"),
     ],
 )

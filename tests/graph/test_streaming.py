@@ -5,7 +5,9 @@ from concurrent.futures import Future
 from typing import Any
 
 import pytest
+from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, ToolMessage
+from langchain_core.outputs import LLMResult
 from langgraph.checkpoint.memory import InMemorySaver
 
 from deeprec.graph import protocol, streaming
@@ -132,6 +134,18 @@ def test_an_engine_that_does_not_stream_is_told_by_the_generation(retriever: Ret
     custom = list(graph.stream({"history": ["0"]}, stream_mode="custom"))
     thoughts = [data["thought"] for data in custom if "thought" in data]
     assert thoughts == ["Funny <3 “ones”.", "Enough of it."]
+
+
+def test_tracers_see_thoughts_as_a_model_s(retriever: Retriever) -> None:
+    class Tracer(BaseCallbackHandler):
+        def on_llm_end(self, response: LLMResult, **_: Any) -> None:
+            said.append(response.generations[0][0].text)
+
+    said: list[str] = []
+    graph, _ = speaking(retriever, list(SCRIPT))
+    graph.invoke({"user_id": "u"}, {**THREAD, "callbacks": [Tracer()]})
+    turns = graph.get_state(THREAD).values["turns"]
+    assert said == [turn["thought"] for turn in turns]
 
 
 def test_a_failing_node_ends_its_stream(
