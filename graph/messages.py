@@ -60,6 +60,12 @@ def list_messages(state: State, update: Mapping[str, Any]) -> list[AIMessage | T
     return [*_asked_otherwise(state, call_id), found]
 
 
+def stopped_message(state: State) -> ToolMessage:
+    """Answer the call that a user stopped: a chat with a call that nothing answers is none."""
+    call_id = _call_id(state.get("turns", []))
+    return ToolMessage("stopped by the user", name=TOOL, tool_call_id=call_id, status="error")
+
+
 def _asked_otherwise(state: State, call_id: str) -> list[AIMessage]:
     args = {"preference": (state["pending"] or {}).get("preference")}
     for message in state.get("messages", []):

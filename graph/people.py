@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
+from langchain_core.messages import HumanMessage
 from langgraph._internal._constants import CONFIG_KEY_CHECKPOINTER  # no public name tells it
 from langgraph.config import get_config
 from langgraph.types import interrupt
@@ -24,6 +25,7 @@ from ..errors import CatalogError, RequestError
 from ..tools.titles import sanitise
 from . import protocol
 from .memory import Memory
+from .messages import stopped_message
 from .nodes import Resources, refusal, this_round
 from .requests import check_eligible, explain
 from .state import MAX_K, MAX_WISHES, RunSettings, State, Turn, Wish
@@ -111,7 +113,12 @@ def review_search(state: State) -> dict[str, Any]:
         if isinstance(answer, StopSearching):
             turn = Turn(thought=pending["thought"])
             turns = [turn.model_dump()] if turn.thought else []
-            return {"pending": None, "turns": turns, "stop_reason": "stopped_by_user"}
+            return {
+                "pending": None,
+                "turns": turns,
+                "stop_reason": "stopped_by_user",
+                "messages": [stopped_message(state)],
+            }
         if isinstance(answer, EditSearch):
             preference = protocol.normalise_preference(sanitise(answer.preference))
             refused = refusal(preference or None, this_round(state))
@@ -187,6 +194,7 @@ def _next_round(
         "excluded": list(gone),
         "understood_wishes": [*state["understood_wishes"], *understood],
         "segments": [segment("user", chat_turn(resources.engine.tokenizer, words, before))],
+        "messages": [HumanMessage(words)],
         "round_began": {"turns": len(state["turns"]), "seconds": state["counts"]["seconds"]},
         "stop_reason": None,
         "failure": None,

@@ -36,7 +36,7 @@ class Talk:
 
     def __init__(self, retriever: Retriever, *script: Said, **settings: Any) -> None:
         self.engine = ScriptedEngine(script, settings.pop("max_model_len", 8192))
-        self.store = InMemoryStore()
+        self.saver, self.store = InMemorySaver(), InMemoryStore()
         self.graph = build_graph(
             self.engine,
             retriever,
@@ -44,7 +44,7 @@ class Talk:
             settings=RunSettings.model_validate(
                 {"decoding": "free", "k": 2, "retrieve_n": 4, **settings}
             ),
-            checkpointer=InMemorySaver(),
+            checkpointer=self.saver,
             store=self.store,
         )
         self.config: Any = {"configurable": {"thread_id": "t"}}
@@ -65,7 +65,10 @@ class Talk:
 
     @property
     def state(self) -> dict[str, Any]:
-        return dict(self.graph.get_state(self.config).values)
+        """All of it, the tokens that people are not shown as well."""
+        saved = self.saver.get_tuple(self.config)
+        assert saved is not None
+        return dict(saved.checkpoint["channel_values"])
 
     def texts(self, author: str) -> list[str]:
         return [
@@ -139,6 +142,8 @@ def test_stopping_gives_the_list(retriever: Retriever) -> None:
     assert listed(response) == ["3", "4"]
     assert [turn.preference for turn in response.turns] == ["comedy", None]
     assert "".join(talk.texts("forced")).strip().startswith(protocol.END_THINK)
+    (stopped,) = [m for m in talk.state["messages"] if m.text == "stopped by the user"]
+    assert stopped.tool_call_id == talk.state["messages"][3].tool_calls[0]["id"]
     talk.check_tokens()
 
 
@@ -202,6 +207,7 @@ def test_rejected_items_never_come_back(retriever: Retriever) -> None:
     (said,) = talk.texts("user")
     assert f"I don't want: Film 4 (too ‹/think› long); Film {unwanted}\n" in said
     assert "I ask for: something quiet\n" in said
+    assert [m.type for m in talk.state["messages"]] == 2 * ["human", "ai", "tool", "ai", "ai"]
     second = response.turns[2]
     assert [turn.preference for turn in response.turns] == ["comedy", None, "drama", None]
     assert len(second.retrieved) == 4
@@ -341,7 +347,7 @@ def test_two_runs_on_one_thread_at_once_do_not_mix(retriever: Retriever) -> None
         Searcher(),
         retriever,
         settings=RunSettings(decoding="free", retrieve_n=4),
-        checkpointer=InMemorySaver(),
+        checkpointer=talk.saver,
     )
 
     async def both() -> list[Any]:
