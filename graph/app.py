@@ -175,6 +175,8 @@ def check_filters(filters: Mapping[str, object]) -> None:
 async def served() -> CompiledStateGraph[Any, Any, Any, Any]:
     """Give LangGraph's server the same agent, without holding up its event loop.
 
-    It calls this more than once.
+    It calls this at every access.
     """
+    if _loaded.cache_info().currsize:
+        return _loaded()[1]
     return await asyncio.to_thread(graph)

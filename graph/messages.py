@@ -68,8 +68,9 @@ def stopped_message(state: State) -> ToolMessage:
 
 def _asked_otherwise(state: State, call_id: str) -> list[AIMessage]:
     args = {"preference": (state["pending"] or {}).get("preference")}
-    for message in state.get("messages", []):
-        for call in message.tool_calls if isinstance(message, AIMessage) else ():
+    said = [message for message in state.get("messages", []) if isinstance(message, AIMessage)]
+    for message in said:
+        for call in message.tool_calls:
             if call["id"] == call_id and call["args"] != args:
                 return [message.model_copy(update={"tool_calls": [{**call, "args": args}]})]
     return []

@@ -142,7 +142,7 @@ def tell_thoughts(think: Node) -> Node:
         chunks: asyncio.Queue[AIMessageChunk | None] = asyncio.Queue()
 
         def tell(text: str) -> None:
-            chunks.put_nowait(AIMessageChunk(text))
+            chunks.put_nowait(AIMessageChunk(content=text))
             if write is not None:
                 write({"thought": text})
 
@@ -176,9 +176,8 @@ def _rest(message: AIMessage, told: str) -> AIMessageChunk:
         tool_call_chunk(name=call["name"], args=json.dumps(call["args"]), id=call["id"], index=0)
         for call in message.tool_calls
     ]
-    return AIMessageChunk(
-        text[len(told) :] if text.startswith(told) else "", tool_call_chunks=calls
-    )
+    end = text[len(told) :] if text.startswith(told) else ""
+    return AIMessageChunk(content=end, tool_call_chunks=calls)
 
 
 def tell_lists(call_trm: Node) -> Node:
