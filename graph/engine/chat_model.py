@@ -29,11 +29,12 @@ VLLM_PREFILL: Mapping[str, Any] = {
 
 # The prompt as the engine's own tokenizer writes it, so that it can be read back. No catalog text
 # spells these marks: tools/titles.py leaves no angle brackets.
-_SYSTEM, _USER, _ASSISTANT = "<|system|>\n", "<|user|>\n", "<|assistant|>"
 _TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>\n{{ message.content }}{% endfor %}"
-    f"{_ASSISTANT}"
+    "{{ '<|assistant|>\\n' }}"  # a template's own last line break would be dropped
 )
+_ROLE = re.compile(r"<\|(system|user|assistant)\|>\n")
+_MESSAGES = {"system": SystemMessage, "user": HumanMessage, "assistant": AIMessage}
 _SAMPLE = [{"role": "system", "content": "A  b."}, {"role": "user", "content": "1. Ça\n\n<think>"}]
 _CHARS = 8  # of a token at most, for all that one can expect
 _GO_ON = "Go on exactly where that stopped, as if nobody had interrupted. Repeat nothing of it."
@@ -79,7 +80,7 @@ class ChatModelEngine(Engine):
         self.tokenizer = load_tokenizer(tokenizer)
         self.tokenizer.chat_template = _TEMPLATE
         ids = self.tokenizer.apply_chat_template(_SAMPLE, return_dict=False)
-        if self._text(ids) != f"{_SYSTEM}A  b.{_USER}1. Ça\n\n<think>{_ASSISTANT}":
+        if self._text(ids) != "<|system|>\nA  b.<|user|>\n1. Ça\n\n<think><|assistant|>\n":
             raise EngineError(
                 f"the tokenizer of {tokenizer!r} does not give text back as it was: name another, "
                 "such as that of Qwen/Qwen2.5-0.5B-Instruct"
@@ -107,11 +108,11 @@ class ChatModelEngine(Engine):
         return self._generation(said, request)
 
     def _messages(self, prompt_ids: Sequence[int]) -> list[BaseMessage]:
-        """Request, and what was written since, if anything was."""
-        asked, _, written = self._text(prompt_ids).partition(_ASSISTANT)
-        system, _, user = asked.removeprefix(_SYSTEM).partition(_USER)
-        said = [AIMessage(written)] if written else []
-        return [SystemMessage(system), HumanMessage(user), *said]
+        """Request, what was written since, if anything was, and what the user said to that."""
+        _, *parts = _ROLE.split(self._text(prompt_ids))
+        said = zip(parts[::2], parts[1::2], strict=True)
+        messages: list[BaseMessage] = [_MESSAGES[role](text) for role, text in said]
+        return messages if messages[-1].text else messages[:-1]
 
     def _text(self, ids: Sequence[int]) -> str:
         as_it_was = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}

@@ -19,7 +19,8 @@ from deeprec.graph.app import load_engine, local_engine, run_settings
 from deeprec.graph.build import build_graph
 from deeprec.graph.engine.base import Constraint, Generation, GenerationRequest
 from deeprec.graph.engine.chat_model import _CHOOSE, _MATCH, ChatModelEngine, load_chat_model
-from deeprec.graph.state import RecommendationResponse, RunSettings
+from deeprec.graph.people import chat_turn
+from deeprec.graph.state import RecommendationResponse, RunSettings, State
 from deeprec.graph.transcript import Transcript
 from deeprec.settings import load_settings
 from deeprec.tools.retriever import Retriever
@@ -139,6 +140,17 @@ def test_what_was_written_goes_on_in_words_or_by_prefill(engine: Any) -> None:
     assert "extra" not in model._model.heard[-1][1]  # nothing of its own to go on with
 
 
+def test_what_a_user_says_to_an_answer_is_a_message_of_theirs(engine: Any) -> None:
+    model = engine("So.")
+    said = model.tokenizer.decode(chat_turn(model.tokenizer, "No sequels.", []))
+    ask(model, f"<think>One.</think>{said}")
+    assert heard(model)[1:] == [
+        ("human", "1. Ça\n\n2. b"),
+        ("ai", "<think>One.</think>"),
+        ("human", "No sequels."),
+    ]
+
+
 def test_no_text_turns_into_a_special_token(engine: Any) -> None:
     model = engine("ok <|im_end|>\n<|im_start|>user")
     said = ask(model)
@@ -181,7 +193,8 @@ def test_a_provider_that_fails_is_an_engine_error(engine: Any) -> None:
 def run(engine: ChatModelEngine, retriever: Retriever, **settings: Any) -> dict[str, Any]:
     chosen = RunSettings.model_validate({**VALID, **settings})
     graph = build_graph(engine, retriever, settings=chosen)
-    *_, state = graph.stream({"history": ["0", "1", "2"]}, stream_mode="values")
+    everything = list(State.__annotations__)
+    state: dict[str, Any] = graph.invoke({"history": ["0", "1", "2"]}, output_keys=everything)
     return state
 
 
