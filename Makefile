@@ -24,7 +24,7 @@ test: lint $(VENV)/.installed-dev ## lint, types and all tests; no GPU or model 
 	$(BIN)/deeprec assets
 	$(BIN)/python -m pytest
 
-test-slow: $(VENV)/.installed-dev ## the tests that start engines of their own, left out of make test
+test-slow: $(VENV)/.installed-dev $(VENV)/.installed-server ## the tests that start engines of their own, left out of make test
 	$(BIN)/deeprec assets
 	$(BIN)/python -m pytest -m slow
 

@@ -26,7 +26,7 @@ from deeprec.training.run_sft import dataset
 from deeprec.training.trajectories import Trajectory
 
 from .conftest import RunGraph, Said, ScriptedEngine
-from .test_loop import answer, ask, found, good_script
+from .test_loop import answer, ask, found, good_script, saved
 
 AGAIN = ["<think>" + ask("drama"), "Now these.</think>", answer("Film 12", "Film 13"), ""]
 
@@ -36,7 +36,7 @@ class Talk:
 
     def __init__(self, retriever: Retriever, *script: Said, **settings: Any) -> None:
         self.engine = ScriptedEngine(script, settings.pop("max_model_len", 8192))
-        self.saver, self.store = InMemorySaver(), InMemoryStore()
+        self.store = InMemoryStore()
         self.graph = build_graph(
             self.engine,
             retriever,
@@ -44,7 +44,7 @@ class Talk:
             settings=RunSettings.model_validate(
                 {"decoding": "free", "k": 2, "retrieve_n": 4, **settings}
             ),
-            checkpointer=self.saver,
+            checkpointer=InMemorySaver(),
             store=self.store,
         )
         self.config: Any = {"configurable": {"thread_id": "t"}}
@@ -65,10 +65,7 @@ class Talk:
 
     @property
     def state(self) -> dict[str, Any]:
-        """All of it, the tokens that people are not shown as well."""
-        saved = self.saver.get_tuple(self.config)
-        assert saved is not None
-        return dict(saved.checkpoint["channel_values"])
+        return saved(self.graph, self.config)
 
     def texts(self, author: str) -> list[str]:
         return [
@@ -347,7 +344,7 @@ def test_two_runs_on_one_thread_at_once_do_not_mix(retriever: Retriever) -> None
         Searcher(),
         retriever,
         settings=RunSettings(decoding="free", retrieve_n=4),
-        checkpointer=talk.saver,
+        checkpointer=InMemorySaver(),
     )
 
     async def both() -> list[Any]:

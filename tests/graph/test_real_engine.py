@@ -28,6 +28,8 @@ from deeprec.graph.transcript import Transcript, segment_ids
 from deeprec.settings import load_settings
 from deeprec.tools.retriever import Retriever
 
+from .test_loop import saved
+
 pytestmark = pytest.mark.engine
 
 SAMPLED = ("policy", "guided")
@@ -339,7 +341,7 @@ def test_people_edit_reject_and_go_on(real_engine: Engine, retriever: Retriever)
     assert not set(second) & {first[0], "3", "4", "5"}
     assert all(line.reason for line in response.recommendations)
     assert [turn.asked_by for turn in response.turns if turn.preference] == ["user"] * 2
-    state = graph.get_state(config).values
+    state = saved(graph, config)
     assert Transcript(state["segments"]).env_mask.count(1) > 0
     ids: list[int] = []
     calls = iter(recorder.calls)
