@@ -10,6 +10,7 @@ from langchain_core.tools import StructuredTool, ToolException
 from pydantic import ConfigDict, ValidationError, create_model
 
 from ..errors import RequestError
+from .explanations import first_searches
 from .requests import explain
 from .state import RecommendationRequest, RecommendationResponse, RunSettings
 
@@ -87,12 +88,9 @@ def _malformed(error: Any) -> str:
 def _content(answer: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """What the calling LLM reads, and the response as it was."""
     response = RecommendationResponse.model_validate(answer)
-    found_by: dict[str, str | None] = {}
-    for turn in response.turns:
-        for item in turn.retrieved:
-            found_by.setdefault(item.id, turn.preference)
+    brought = first_searches(answer["turns"])
     lines = [
-        {"preference": found_by.get(line.id)}
+        {"preference": brought[line.id][1] if line.id in brought else None}
         | line.model_dump(exclude={"score"}, exclude_none=True)
         for line in response.recommendations
     ]

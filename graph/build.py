@@ -16,8 +16,8 @@ from . import nodes, people, ranking
 from .engine.base import Engine, LoopThread
 from .memory import Memory
 from .messages import request_message
-from .nodes import Resources
 from .requests import defaulting_to, parse_request
+from .resources import Resources
 from .state import MAX_RETRIEVALS, RecommendationRequest, RecommendationResponse, RunSettings, State
 from .streaming import tell_answer, tell_lists, tell_thoughts
 
@@ -86,9 +86,6 @@ def build_graph(
         asked = request_message(request, k=update["run"]["k"], titles=titles)
         return {**update, "messages": Overwrite([asked])}
 
-    def review_search(state: State) -> dict[str, Any]:
-        return people.review_search(state)
-
     def review_answer(state: State) -> dict[str, Any]:
         return people.review_answer(resources, state, get_runtime().store)
 
@@ -110,7 +107,7 @@ def build_graph(
 
     graph.add_node("read_request", read_request)
     graph.add_node("think", _on_any_loop(tell_thoughts(nodes.think), resources))
-    graph.add_node("review_search", review_search)
+    graph.add_node("review_search", people.review_search)
     graph.add_node("call_trm", _on_any_loop(tell_lists(nodes.call_trm), resources))
     graph.add_node("rank", _on_any_loop(tell_answer(ranking.rank), resources))
     graph.add_node("review_answer", review_answer)

@@ -37,10 +37,7 @@ def explanations(
         catalog: where items are described.
 
     """
-    brought: dict[str, tuple[int, str]] = {}
-    for at, turn in enumerate(turns, 1):
-        for found in turn["retrieved"]:
-            brought.setdefault(found["id"], (at, turn["preference"]))
+    brought = first_searches(turns)
     known = [item for item in dict.fromkeys(history) if item in catalog.snapshot.index]
     explained: dict[str, dict[str, Any]] = {}
     for item in items:
@@ -48,6 +45,15 @@ def explanations(
         reason = f"{_origin(preference)}{_kinship(item, known, catalog)}."
         explained[item] = {"turn": number, "preference": preference, "reason": reason}
     return explained
+
+
+def first_searches(turns: Sequence[Mapping[str, Any]]) -> dict[str, tuple[int, str]]:
+    """Turn (from 1) and preference of the search that first brought each item in, by item id."""
+    brought: dict[str, tuple[int, str]] = {}
+    for at, turn in enumerate(turns, 1):
+        for found in turn["retrieved"]:
+            brought.setdefault(found["id"], (at, turn["preference"]))
+    return brought
 
 
 def _origin(preference: str | None) -> str:

@@ -16,12 +16,21 @@ def likeness(now: Snapshot, items: Sequence[str], to: str) -> NDArray[np.float32
     """Mean of the cosines of text embeddings and of TRM vectors between `items` and `to`, float32
     [items], -1 to 1. All must be in the catalog.
     """
-    rows, at = now.positions(items), int(now.positions([to])[0])
-    text, vectors = (_cosines(m[rows], m[at]) for m in (now.text_embeddings, now.vectors))
-    return np.asarray((text + vectors) / 2, dtype=np.float32)
+    (at,) = now.positions([to])
+    return mean_cosines((now.text_embeddings, now.vectors), now.positions(items), at)
+
+
+def mean_cosines(
+    tables: Sequence[NDArray[np.float32]], rows: Sequence[int] | NDArray[np.int64], to: int
+) -> NDArray[np.float32]:
+    """Cosine between `rows` and the row `to` of a table, the mean over the tables, float32 [rows].
+
+    A row of length 0 is like nothing.
+    """
+    each = [_cosines(table[rows], table[to]) for table in tables]
+    return np.asarray(sum(each) / len(each), dtype=np.float32)
 
 
 def _cosines(rows: NDArray[np.float32], to: NDArray[np.float32]) -> NDArray[np.float32]:
     lengths = np.linalg.norm(rows, axis=1) * np.linalg.norm(to)
-    # A vector of length 0 is like nothing.
     return np.asarray(rows @ to / np.where(lengths == 0, 1, lengths), dtype=np.float32)

@@ -10,24 +10,21 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 from langgraph.types import Overwrite
 
 from ..errors import CatalogError, RequestError
-from ..tools.catalog import Catalog
 from ..tools.filters import Filters
-from ..tools.retriever import RetrievalRequest, Retriever
+from ..tools.retriever import RetrievalRequest
 from ..tools.titles import sanitise
 from . import protocol
-from .engine.base import Constraint, Engine
-from .format_rules import scripts_of
+from .engine.base import Constraint
 from .memory import Memory
 from .requests import resolve_request
+from .resources import Resources
 from .run import LimitReachedError, Step, answer_tokens
 from .state import (
     OUTAGES,
@@ -51,79 +48,10 @@ _LEADS = (
 _LAST_LEAD = "All in all, this user will enjoy"
 _PREFERENCE_TOKENS = 64
 _LEAST_THOUGHT = 256  # tokens that a run must have for its thoughts and lists
-_VOCABULARY = 48
 _REMEMBERED = 8  # likes, and dislikes, of earlier runs that the prompt tells
 _FREE_WORD = "[a-z]{2,12}(-[a-z]{2,12})?"
 _FREE_PHRASE = f"{_FREE_WORD}( {_FREE_WORD}){{0,3}}"
 _REGEX_SPECIAL = re.compile(r"([\\^$.|?*+()\[\]{}])")
-
-
-@dataclass(frozen=True)
-class Resources:
-    """What the nodes work with: the policy's engine, the TRM behind its retriever, the catalog.
-
-    `histories` maps a user id to item ids, oldest first; empty where users are unknown.
-    """
-
-    engine: Engine
-    retriever: Retriever
-    catalog: Catalog
-    histories: Mapping[str, Sequence[str]] = field(default_factory=dict)
-
-    def listed(self, item_id: str) -> protocol.ListedItem:
-        """Return the item as the policy reads it."""
-        attributes = self.catalog.display_attributes(item_id)
-        return protocol.ListedItem(
-            id=item_id,
-            title=self.catalog.display_title(item_id),
-            attributes=tuple(f"{name}: {', '.join(vs)}" for name, vs in attributes.items() if vs),
-        )
-
-    @cached_property
-    def scripts(self) -> frozenset[str]:
-        """Scripts of the catalog's titles and attributes, for the format rules."""
-        catalog = self.catalog
-        titles = (catalog.display_title(item_id) for item_id in catalog.ids)
-        return scripts_of(titles) | scripts_of(value for _, value in self._shown(catalog.ids))
-
-    @cached_property
-    def _values(self) -> Counter[str]:
-        return self._count_values(self.catalog.ids)
-
-    @cached_property
-    def _worded(self) -> frozenset[str]:
-        """Attributes whose values are words; of one that mostly holds numbers, such as a year,
-        the odd word ("V" in MovieLens) is no preference.
-        """
-        balance = Counter[str]()
-        for name, value in self._shown(self.catalog.ids):
-            balance[name] += -1 if value.isnumeric() else 1
-        return frozenset(name for name, count in balance.items() if count > 0)
-
-    def _shown(self, item_ids: Iterable[str]) -> Iterator[tuple[str, str]]:
-        """Attribute names and values of items, as they may be shown."""
-        for item_id in item_ids:
-            for name, values in self.catalog.display_attributes(item_id).items():
-                yield from ((name, value) for value in values)
-
-    def _count_values(self, item_ids: Iterable[str]) -> Counter[str]:
-        return Counter(value for name, value in self._shown(item_ids) if name in self._worded)
-
-    def vocabulary(self, history: Iterable[str], used: Iterable[str]) -> list[str]:
-        """Attribute values for guided preferences: the history's, then the catalog's commonest.
-
-        Values that lead one of the preferences in `used` are left out, so that each guided search
-        starts from another side.
-        """
-        own = self._count_values(history)
-        led = {preference.partition(";")[0].strip().casefold() for preference in used}
-        ranked = dict.fromkeys([*_by_count(own), *_by_count(self._values)])
-        kept = [value for value in ranked if value.casefold() not in led and ";" not in value]
-        return kept[:_VOCABULARY]
-
-
-def _by_count(counts: Counter[str]) -> list[str]:
-    return [value for value, _ in counts.most_common(_VOCABULARY * 2)]
 
 
 def read_request(

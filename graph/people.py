@@ -26,8 +26,9 @@ from ..tools.titles import sanitise
 from . import protocol
 from .memory import Memory
 from .messages import stopped_message
-from .nodes import Resources, refusal, this_round
+from .nodes import refusal, this_round
 from .requests import check_eligible, explain
+from .resources import Resources
 from .state import MAX_K, MAX_WISHES, RunSettings, State, Turn, Wish
 from .transcript import Transcript, segment
 from .wishes import read_wishes

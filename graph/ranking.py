@@ -12,7 +12,8 @@ from .engine.base import Constraint
 from .explanations import explanations
 from .format_rules import check_format
 from .fusion import reciprocal_rank_fusion
-from .nodes import Resources, eligible, numbering, retrieve
+from .nodes import eligible, numbering, retrieve
+from .resources import Resources
 from .run import MIN_GENERATION, LimitReachedError, Step, closing
 from .state import Recommendation, Source, State, StopReason, Usage
 from .transcript import last_round

@@ -30,7 +30,7 @@ from .transcript import Transcript
 
 if TYPE_CHECKING:
     from .engine.base import Engine, Generation, GenerationRequest
-    from .nodes import Resources
+    from .resources import Resources
     from .state import State
 
 Node = Callable[["Resources", "State"], Awaitable[dict[str, Any]]]

@@ -26,7 +26,9 @@ policy's part, written by the environment (a marker, a closed thought). environm
 lists and refusals. user: what the user said after an answer, which opens a new round.
 """
 
-_HEARD: frozenset[Author] = frozenset({"environment", "user"})
+HEARD: frozenset[Author] = frozenset({"environment", "user"})
+"""Who speaks to the policy during a run."""
+
 _IDS = np.dtype("<i4")
 _LOGPROBS = np.dtype("<f4")
 
@@ -136,7 +138,7 @@ def pieces(
     """
     segments = [item for item in transcript.segments if item["author"] != "prompt"]
     if since_list:
-        marks = [at for at, item in enumerate(segments) if item["author"] in _HEARD]
+        marks = [at for at, item in enumerate(segments) if item["author"] in HEARD]
         segments = segments[marks[-1] + 1 :] if marks else segments
     joined: list[tuple[Author, list[int]]] = []
     for item in segments:

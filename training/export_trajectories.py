@@ -49,10 +49,13 @@ def from_checkpointer(
         None if thread is None else {"configurable": {"thread_id": thread}}
     )
     finished = [saved for saved in checkpointer.list(only) if _is_finished(saved)]
+    threads: dict[str, list[CheckpointTuple]] = {}
+    for saved in finished:
+        threads.setdefault(saved.config["configurable"]["thread_id"], []).append(saved)
     # Ids of checkpoints grow with time.
     for saved in sorted(finished, key=lambda saved: saved.checkpoint["id"]):
         where = saved.config["configurable"]
-        if any(_goes_on(saved, other) for other in finished):
+        if any(_goes_on(saved, other) for other in threads[where["thread_id"]]):
             continue  # the user sent its answer back: the last round holds all
         target = saved.metadata.get("target")
         yield Trajectory.from_state(
@@ -79,9 +82,7 @@ def _is_finished(saved: CheckpointTuple) -> bool:
 
 
 def _goes_on(saved: CheckpointTuple, other: CheckpointTuple) -> bool:
-    """Whether the other checkpoint's run is the same one, some rounds later."""
-    if saved.config["configurable"]["thread_id"] != other.config["configurable"]["thread_id"]:
-        return False
+    """Whether the other checkpoint of the thread is of the same run, some rounds later."""
     before, after = (at.checkpoint["channel_values"]["segments"] for at in (saved, other))
     return len(before) < len(after) and after[: len(before)] == before
 

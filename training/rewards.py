@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 
 from ..graph import protocol
 from ..graph.format_rules import AUTHORS_RULES, Violation
+from ..graph.likeness import mean_cosines
 from ..graph.state import OUTAGES
 from ..tools.trm.preferences import embed_preferences
 from .trajectories import Rewards, Trajectory
@@ -173,8 +174,7 @@ class ItemLikeness:
         self, ids: Sequence[str], text: NDArray[np.float32], vectors: NDArray[np.float32]
     ) -> None:
         self._at = {id_: position for position, id_ in enumerate(ids)}
-        self._text = _unit(text)
-        self._vectors = _unit(vectors)
+        self._tables = (text, vectors)
 
     @classmethod
     def of(cls, catalog: Catalog) -> ItemLikeness:
@@ -188,10 +188,7 @@ class ItemLikeness:
     def __call__(self, items: Sequence[str | None], target: str) -> list[float]:
         """Likeness of each item to the target, -1 to 1; 0 for None. Both must be known."""
         rows = [self._at[item] for item in items if item is not None]
-        to = self._at[target]
-        text = self._text[rows] @ self._text[to]
-        ids = self._vectors[rows] @ self._vectors[to]
-        found = iter(((text + ids) / 2).tolist())
+        found = iter(mean_cosines(self._tables, rows, self._at[target]).tolist())
         return [0.0 if item is None else next(found) for item in items]
 
 

@@ -21,7 +21,7 @@ from ..errors import TrajectoryError
 from ..graph import protocol
 from ..graph.format_rules import Violation
 from ..graph.state import Failure, Recommendation, RunSettings, StopReason, Turn, Usage
-from ..graph.transcript import Author, Transcript
+from ..graph.transcript import HEARD, Author, Transcript
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -135,8 +135,8 @@ class Trajectory(_Model):
         said: list[str] = []
         for piece in self.pieces:
             # What it wrote before the last list is no answer, and the prompt shows an example.
-            own = piece.author not in ("prompt", "environment", "user")
-            said = [*said, piece.text] if own else []
+            heard = piece.author == "prompt" or piece.author in HEARD
+            said = [] if heard else [*said, piece.text]
         return protocol.parse_answer("".join(said)) or []
 
     @classmethod

@@ -21,7 +21,7 @@ from deeprec.errors import (
 )
 from deeprec.graph import protocol
 from deeprec.graph.build import build_graph
-from deeprec.graph.nodes import Resources
+from deeprec.graph.resources import Resources
 from deeprec.graph.state import RecommendationResponse, RunSettings
 from deeprec.graph.transcript import Transcript, segment_ids
 from deeprec.tools.retriever import RetrievalRequest, Retriever
