@@ -3,7 +3,6 @@
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -135,12 +134,9 @@ def test_what_model_and_catalog_wrote_stays_text(results: Results) -> None:
 
 def test_the_red_team_adds_no_tag_and_turns_no_line(results: Results) -> None:
     def shown(texts: list[str]) -> tuple[str, Page]:
-        traces = tuple(map(evil_trace, texts))
-        rows = tuple(
-            row.model_copy(update={"unknown": 1, "examples": (text,)})
-            for row, text in zip(cycle(results.rows), texts, strict=False)
-        )
-        html = render([results.model_copy(update={"traces": traces, "rows": rows})])
+        row = results.rows[0].model_copy(update={"unknown": 1, "examples": tuple(texts)})
+        changes = {"traces": tuple(map(evil_trace, texts)), "rows": (row, *results.rows[1:])}
+        html = render([results.model_copy(update=changes)])
         return html, Page(html)
 
     texts = [whole(text)[:1000] for text in TEXTS]
