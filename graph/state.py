@@ -92,7 +92,12 @@ class Limits(_Model):
         le=MAX_RETRIEVALS,
         description="Guided decoding offers to stop only after this many searches.",
     )
-    max_new_tokens: int = Field(2048, ge=16, le=MAX_TOKENS, description="Tokens of one generation.")
+    max_new_tokens: int = Field(
+        2048,
+        ge=16,
+        le=MAX_TOKENS,
+        description="Tokens of one generation; guided searches and lists have their own.",
+    )
     max_total_tokens: int = Field(
         16384,
         ge=256,

@@ -155,7 +155,8 @@ def check_bounds(arena: Arena, state: dict[str, Any], settings: RunSettings) -> 
     total = min(limits.max_total_tokens, MAX_MODEL_LEN)
     assert len(Transcript(state["segments"])) <= total
     for request, said in arena.engine.calls:
-        assert len(said.ids) <= request.max_tokens <= limits.max_new_tokens
+        assert len(said.ids) <= request.max_tokens
+        assert request.constraint or request.max_tokens <= limits.max_new_tokens
 
 
 def check_authors(arena: Arena, state: dict[str, Any]) -> None:
