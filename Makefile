@@ -15,7 +15,7 @@ TORCH_CPU := https://download.pytorch.org/whl/cpu
 # Where this is set, every start would compile all that it imports anew (half a minute here).
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-slow lint format studio bench train-smoke recbole install clean
+.PHONY: demo test test-slow fuzz lint format studio bench train-smoke recbole install clean
 
 demo: $(VENV)/.installed ## set up, train the TRM, and watch the agent recommend for three users
 	$(BIN)/deeprec demo
@@ -27,6 +27,10 @@ test: lint $(VENV)/.installed-dev ## lint, types and all tests; no GPU or model 
 test-slow: $(VENV)/.installed-dev $(VENV)/.installed-server ## the tests that start engines of their own, left out of make test
 	$(BIN)/deeprec assets
 	$(BIN)/python -m pytest -m slow
+
+fuzz: $(VENV)/.installed-dev ## 20,000 made-up transcripts of a hostile policy, others each time
+	$(BIN)/deeprec assets
+	$(BIN)/python -m pytest --hypothesis-profile=fuzz --timeout=7200 tests/graph/test_adversarial_texts.py tests/graph/test_adversarial_runs.py
 
 lint: $(VENV)/.installed-dev ## style, types and the floors of the design
 	$(BIN)/ruff check .

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from . import __version__
-from .errors import RequestError
+from .errors import RequestError, shown
 from .settings import load_settings
 from .terminal import errors, run_app
 
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="DeepRec: an LLM explores an item catalog through a recommendation model, then ranks.",
 )
-console = Console()
+console = Console(markup=False)  # paths, names and titles may look like markup
 
 WorkspaceOption = Annotated[
     str | None, typer.Option("--workspace", "-w", help="Workspace in use [DEEPREC_WORKSPACE].")
@@ -107,7 +108,7 @@ def prepare(
 
     place = _workspace(workspace)
     options = _loader_options(option or [])
-    with console.status(f"Reading {source}"):
+    with console.status(Text(f"Reading {source}")):
         data = place.prepare(source, format=format, k_core=k_core, options=options)
     _print_table(statistics(data))
     console.print(f"Prepared in {place.dataset_dir}. Next: deeprec train-trm", soft_wrap=True)
@@ -344,10 +345,12 @@ def _json_object(text: str | None) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(text)
-    except ValueError as error:
-        raise RequestError(f"--filters {text!r} is not JSON: {error}") from error
+    except (ValueError, RecursionError) as error:  # the latter: nested too deeply
+        raise RequestError(f"--filters {shown(text)} is not JSON: {error}") from error
     if not isinstance(value, dict):
-        raise RequestError(f'--filters {text!r} is not a JSON object like {{"genres": ["Comedy"]}}')
+        raise RequestError(
+            f'--filters {shown(text)} is not a JSON object like {{"genres": ["Comedy"]}}'
+        )
     return value
 
 

@@ -18,6 +18,7 @@ from .graph.app import load_engine, load_graph, run_settings
 from .graph.display import history_lines, recommendation_table, summary_line, turn_lines
 from .graph.requests import parse_request
 from .graph.state import RecommendationResponse, Turn
+from .terminal import visible
 from .tools.assets import ensure_assets
 from .tools.progress import counted, trm_progress
 from .tools.retriever import RetrievalRequest
@@ -53,14 +54,15 @@ def run_demo(workspace: Workspace, console: Console, *, users: int, seed: int) -
     split = workspace.split
     data = workspace.data
     tested = [user for user in range(len(data.user_ids)) if split.test[user] >= 0][:users]
-    console.print(
-        f"\n[bold]4. The agent recommends for {len(tested)} test users[/bold] "
+    _head(
+        console,
+        f"\n4. The agent recommends for {len(tested)} test users",
         "(their last item is held out; "
         + (
             "the LLM was shown how to search and rank, and writes everything by itself)"
             if settings.decoding == "free"
             else "the LLM is untuned, so its searches and its list are kept valid by a grammar)"
-        )
+        ),
     )
     asyncio.run(_show(graph, workspace, console, tested))
     _what_next(workspace, console)
@@ -78,7 +80,7 @@ def set_up(workspace: Workspace, console: Console) -> None:
     """Make the demo's data, TRM and catalog where they are missing."""
     from .tools.trm.config import DeepRecConfig, FitConfig
 
-    console.print(f"[bold]1. Models and data[/bold] (kept in {workspace.settings.home})")
+    _head(console, "1. Models and data", f"(kept in {workspace.settings.home})")
     ensure_assets(
         workspace.settings.assets_dir,
         notify=lambda message: console.print(f"  {message}", style="dim"),
@@ -87,11 +89,11 @@ def set_up(workspace: Workspace, console: Console) -> None:
         workspace.prepare(workspace.settings.assets_dir / "ml-100k", format="recbole")
     data = workspace.data
     console.print(
-        f"  {data.name}, 5-core: {len(data.user_ids)} users, {len(data.items)} items, "
+        f"  {visible(data.name)}, 5-core: {len(data.user_ids)} users, {len(data.items)} items, "
         f"{len(data.users):,} interactions",
         style="dim",
     )
-    console.print("[bold]2. The recommendation model[/bold]")
+    _head(console, "2. The recommendation model")
     if workspace.trm_dir.exists():
         console.print("  trained by an earlier run", style="dim")
     else:
@@ -99,13 +101,17 @@ def set_up(workspace: Workspace, console: Console) -> None:
             workspace.embed_items(progress=embedded)
         with trm_progress(console) as progress:
             workspace.train_trm(DeepRecConfig(), FitConfig(), progress=progress)
-    console.print("[bold]3. The catalog in Chroma[/bold]")
+    _head(console, "3. The catalog in Chroma")
     if workspace.has_catalog():
         console.print("  filled by an earlier run", style="dim")
     else:
         with counted(console, "filling the catalog") as progress:
             workspace.index(progress=progress)
         console.print(f"  {len(data.items)} items with text, attributes and vectors", style="dim")
+
+
+def _head(console: Console, title: str, more: str = "") -> None:
+    console.print(Text.assemble((title, "bold"), " ", more))
 
 
 async def _show(
@@ -151,7 +157,7 @@ async def _tell(
     target = data.items[int(workspace.split.test[user])].id
     shown = workspace.catalog.display_title
     history = [shown(data.items[index].id) for index in workspace.split.test_history(user)]
-    console.rule(Text(f"User {data.user_ids[user]}"), align="left")
+    console.rule(Text(f"User {visible(data.user_ids[user])}"), align="left")
     console.print(history_lines(history))
     turns: list[Turn] = []
     response: RecommendationResponse | None = None

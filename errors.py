@@ -12,6 +12,22 @@ Three kinds of trouble exist, and each is handled in one place only.
 3. *The program is wrong.* Nobody catches that; the traceback is the message.
 """
 
+import reprlib
+
+_MOST_SHOWN = 200  # characters of a value in an error's text
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = _short.maxlong = _MOST_SHOWN
+_short.maxlist = _short.maxtuple = _short.maxdict = 20
+
+
+def shown(value: object) -> str:
+    """A caller's value for an error's text, quickly and on one line, however large or nested."""
+    try:
+        return _short.repr(value)[:_MOST_SHOWN]
+    except ValueError:  # Python spells no whole number of more than some thousand digits
+        return f"a {type(value).__name__} too long to show"
+
 
 class DeepRecError(Exception):
     """Base of every error that a caller can mend. `exit_code` is what the CLI exits with."""

@@ -35,7 +35,7 @@ class EngineSettings(_Section):
     # Sent to that server as a bearer token; none: it asks for none.
     api_key: str = Field("", repr=False)
     # Most tokens of one run, prompt included.
-    max_model_len: int = Field(8192, ge=512)
+    max_model_len: int = Field(8192, ge=512, le=2**20)
     # auto: the model's own type; float32 on a CPU that has no bfloat16 arithmetic.
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     # Memory of the KV cache on a CPU.
@@ -43,7 +43,7 @@ class EngineSettings(_Section):
     # Share of a GPU's memory that vLLM may take.
     gpu_memory_utilization: float = Field(0.85, gt=0, le=1)
     # Sequences decoded at the same time.
-    max_num_seqs: int = Field(64, ge=1)
+    max_num_seqs: int = Field(64, ge=1, le=4096)
 
 
 class CatalogSettings(_Section):
@@ -54,6 +54,15 @@ class CatalogSettings(_Section):
     port: int = Field(8000, ge=1, le=65535)
     # exact: every item is scored. hnsw: Chroma's approximate index.
     search: Literal["exact", "hnsw"] = "exact"
+
+
+class ServerSettings(_Section):
+    """What LangGraph's server takes at its door."""
+
+    # Bytes of one request that starts runs; a longer one is refused with HTTP 413.
+    max_body_bytes: int = Field(2**20, ge=1024, le=2**30)
+    # Runs that clients may wait for at the same time, and of one batch; HTTP 429 and 422.
+    max_open_runs: int = Field(256, ge=1, le=65_536)
 
 
 class Settings(BaseSettings):
@@ -78,6 +87,7 @@ class Settings(BaseSettings):
     checkpoints: str | None = Field(None, repr=False)
     engine: EngineSettings = Field(default_factory=EngineSettings)
     catalog: CatalogSettings = Field(default_factory=CatalogSettings)
+    server: ServerSettings = Field(default_factory=ServerSettings)
 
     @field_validator("home", "adapter", mode="after")
     @classmethod

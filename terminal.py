@@ -1,10 +1,14 @@
-"""How commands behave on a terminal: quiet libraries, errors told in words, a clean end."""
+"""How commands behave on a terminal: quiet libraries, errors told in words, a clean end.
+
+What a policy, a catalog or a data file wrote is untrusted: `visible` keeps it from driving one.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
+import unicodedata
 from collections.abc import Callable
 from functools import wraps
 from typing import TYPE_CHECKING, ParamSpec
@@ -17,6 +21,8 @@ if TYPE_CHECKING:
     import typer
 
 errors = Console(stderr=True)
+
+_HIDDEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})  # Unicode's categories
 
 _Args = ParamSpec("_Args")
 
@@ -45,9 +51,23 @@ def tells_errors(main: Callable[_Args, int]) -> Callable[_Args, int]:
     return told
 
 
+def visible(text: str) -> str:
+    """Text that can neither colour nor steer a terminal, nor turn its reading direction.
+
+    Each control or format character but line breaks and tabs, and each half of a surrogate pair,
+    becomes a visible mark.
+    """
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(
+        "\ufffd" if unicodedata.category(char) in _HIDDEN and char not in "\n\t" else char
+        for char in text
+    )
+
+
 def _tell(error: DeepRecError) -> int:
     errors.print("error:", style="bold red", end=" ")
-    errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
+    errors.print(visible(str(error)), markup=False, highlight=False, soft_wrap=True)
     return error.exit_code
 
 

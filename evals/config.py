@@ -116,7 +116,7 @@ class EvalRun(BaseModel):
     past: tuple[Past, ...] = Field(("excluded", "included"), min_length=1)  # of baselines
     seed: int = Field(0, ge=0)  # of the users' sample, of sampling, of resampling
     resamples: int = Field(5000, ge=100)  # of bootstraps and of permutation tests
-    concurrency: int = Field(16, ge=1)  # runs of an agent at the same time
+    concurrency: int = Field(16, ge=1, le=1024)  # runs of an agent at the same time
     traces: int = Field(3, ge=0)  # runs of an agent that the report tells, of each outcome
     # Wishes that users state to the TRM and to agents, each in a pass of its own over all users.
     steering: tuple[WishKind, ...] = ()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import EvaluationError
+from ..terminal import visible
 from . import charts
 from .per_user import paired, read_per_user
 from .results import Results, Row
@@ -66,6 +67,7 @@ def render(runs: Sequence[Results], per_user: Sequence[Mapping[str, dict[str, fl
         loader=FileSystemLoader(_TEMPLATES),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=_visible,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -98,11 +100,16 @@ def render(runs: Sequence[Results], per_user: Sequence[Mapping[str, dict[str, fl
     )
 
 
+def _visible(value: object) -> object:
+    """Text as `visible` makes it; our own markup is left as it is."""
+    return visible(value) if type(value) is str else value
+
+
 def _with_interval_below(cell: str) -> Markup:
     """A cell with the interval that stands in it on a line of its own."""
     from markupsafe import Markup, escape
 
-    return Markup(_INTERVAL.sub(r"<small>\1</small>", str(escape(cell))))  # noqa: S704
+    return Markup(_INTERVAL.sub(r"<small>\1</small>", str(escape(visible(cell)))))  # noqa: S704
 
 
 def _beside(

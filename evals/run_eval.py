@@ -18,7 +18,7 @@ from deeprec.configuration import load_config
 from deeprec.evals.config import EvalRun
 from deeprec.evals.evaluate import REPORT, TABLE, evaluate
 from deeprec.settings import load_settings
-from deeprec.terminal import tells_errors
+from deeprec.terminal import tells_errors, visible
 from deeprec.tools.workspace import Workspace
 
 
@@ -26,7 +26,7 @@ def run(config: EvalRun, console: Console) -> None:
     """Evaluate in the workspace that the configuration names, and print the table."""
     workspace = Workspace(load_settings(workspace=config.workspace))
     evaluate(config, workspace, console)
-    console.print((config.output / TABLE).read_text("utf-8"), markup=False, soft_wrap=True)
+    console.print(visible((config.output / TABLE).read_text("utf-8")), markup=False, soft_wrap=True)
     console.print(f"Report: {config.output / REPORT}", soft_wrap=True)
 
 

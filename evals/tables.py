@@ -234,5 +234,5 @@ def _means(values: dict[str, float]) -> str:
 
 
 def _plain(cell: str) -> str:
-    """Keep a table a table, whatever stands in it."""
-    return re.sub(r"<(?=\S)", "&lt;", " ".join(cell.split()).replace("|", "\\|"))
+    """Keep a table a table, whatever stands in it: no tag, no link, no image."""
+    return re.sub(r"<(?=\S)", "&lt;", re.sub(r"([\\|\[\]`])", r"\\\1", " ".join(cell.split())))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 from rich.text import Text
 
+from ..terminal import visible
 from .state import Failure, Recommendation, RecommendationResponse, Turn
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def history_lines(titles: Sequence[str]) -> Text:
     """Return the end of a history, on a few lines."""
     shown = titles[-8:]
     more = f"… {len(titles) - len(shown)} more, then " if len(titles) > len(shown) else ""
-    return Text(f"History, oldest first: {more}{' → '.join(shown)}", style="dim")
+    return Text(f"History, oldest first: {more}{visible(' → '.join(shown))}", style="dim")
 
 
 def turn_lines(turn: Turn, number: int, *, target: str | None = None) -> Text:
@@ -36,14 +37,14 @@ def turn_lines(turn: Turn, number: int, *, target: str | None = None) -> Text:
     """
     text = Text()
     text.append(f"Turn {number}\n" if turn.preference or turn.refused else "Last thought\n", "bold")
-    text.append("  thought     ", "dim").append((turn.thought or "(none)") + "\n")
+    text.append("  thought     ", "dim").append(visible(turn.thought or "(none)") + "\n")
     if turn.preference:
-        text.append("  preference  ", "dim").append(turn.preference, "magenta")
+        text.append("  preference  ", "dim").append(visible(turn.preference), "magenta")
         text.append(" (the user's)\n" if turn.asked_by == "user" else "\n", "dim")
     if turn.refused:
-        text.append("  refused     ", "dim").append(turn.refused + "\n", "red")
+        text.append("  refused     ", "dim").append(visible(turn.refused) + "\n", "red")
     if turn.retrieved:
-        titles = [item.title for item in turn.retrieved]
+        titles = [visible(item.title) for item in turn.retrieved]
         more = f" … ({len(titles)} in all)" if len(titles) > _SHOWN else ""
         text.append("  retrieved   ", "dim").append(" · ".join(titles[:_SHOWN]) + more + "\n")
         places = [at for at, item in enumerate(turn.retrieved, 1) if item.id == target]
@@ -66,9 +67,11 @@ def recommendation_table(
     for line in recommendations:
         label, style = _SOURCE[line.source]
         hit = line.id == target
-        title = Text(line.title + ("  ← held out" if hit else ""), "bold green" if hit else "")
+        title = Text(
+            visible(line.title) + ("  ← held out" if hit else ""), "bold green" if hit else ""
+        )
         if line.reason:
-            title.append(f"\n{line.reason}", "dim")
+            title.append(f"\n{visible(line.reason)}", "dim")
         table.add_row(
             str(line.rank),
             title,
@@ -92,7 +95,7 @@ def summary_line(response: RecommendationResponse) -> Text:
 
 def failure_text(failure: Failure) -> Text:
     """Why a run has no answer of the policy's own."""
-    return Text(f"\nThe list is not the LLM's: {failure.detail}", style="red")
+    return Text(f"\nThe list is not the LLM's: {visible(failure.detail)}", style="red")
 
 
 def response_lines(

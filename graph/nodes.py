@@ -182,7 +182,7 @@ async def _think_guided(resources: Resources, step: Step, state: State) -> StopR
     step.write("forced", lead if turns else f"{protocol.BEGIN_THINK}\n{lead}")
     end = protocol.END_THINK if may_stop else protocol.BEGIN_ANSWER
     thought = await step.generate(
-        max_tokens=step.settings.thought_tokens,
+        max_tokens=min(step.settings.thought_tokens, step.limits.max_new_tokens),
         stop=("\n", protocol.BEGIN_PREFERENCE, protocol.BEGIN_ITEMS, end),
         reserve=reserve,
     )

@@ -20,7 +20,8 @@ ANYTHING = "anything"
 """The preference that stands for none: the TRM searches by the history alone."""
 
 MAX_LINE_CHARS = 750
-"""Lines of a history or a list are cut here (METHOD.md §2, the authors' constant)."""
+"""Lines of a history or a list are cut here (METHOD.md §2, the authors' constant); a title with its
+label is never longer (tools/titles.py)."""
 
 AnswerForm = Literal["titles", "numbers"]
 """titles: the answer names titles. numbers: it names the numbers of retrieved items (#17)."""
@@ -150,12 +151,10 @@ def parse_turn(text: str) -> ParsedTurn:
     The preference is what stands between the last begin marker and the first end marker after
     it; empty or unmarked ones are None. Phrases are normalised by `normalise_preference`.
     """
-    before, begin, rest = text.rpartition(BEGIN_PREFERENCE)
-    if not begin:
-        return ParsedTurn(_clean_thought(text.split(END_PREFERENCE, maxsplit=1)[0]), None)
+    _, begin, rest = text.rpartition(BEGIN_PREFERENCE)
     inside, end, _ = rest.partition(END_PREFERENCE)
-    preference = normalise_preference(inside) if end else ""
-    return ParsedTurn(_clean_thought(before), preference or None)
+    preference = normalise_preference(inside) if begin and end else ""
+    return ParsedTurn(_clean_thought(text), preference or None)
 
 
 def normalise_preference(text: str) -> str:
@@ -179,7 +178,8 @@ def searched_preference(preference: str | None) -> str | None:
     return preference
 
 
-_ENDS_THOUGHT = (
+_MARKERS = (
+    BEGIN_THINK,
     END_THINK,
     BEGIN_PREFERENCE,
     END_PREFERENCE,
@@ -188,12 +188,13 @@ _ENDS_THOUGHT = (
     BEGIN_ANSWER,
     END_ANSWER,
 )
-_ANY_MARKER = re.compile("|".join(map(re.escape, _ENDS_THOUGHT)))
+_ANY_MARKER = re.compile("|".join(map(re.escape, _MARKERS)))
+_OPENING = re.compile(rf"(?:\s*{re.escape(BEGIN_THINK)})*")
 
 
 def _clean_thought(text: str) -> str:
-    """Return what was said before any other marker."""
-    return _ANY_MARKER.split(text.replace(BEGIN_THINK, ""), maxsplit=1)[0].strip()
+    """Return what was said before any marker but those that open a thought."""
+    return _ANY_MARKER.split(_OPENING.sub("", text, count=1), maxsplit=1)[0].strip()
 
 
 def thought_so_far(text: str) -> str:
@@ -214,12 +215,11 @@ def answer_so_far(text: str) -> str:
 def _without_open_marker(text: str) -> str:
     before, bracket, after = text.rpartition("<")
     tail = bracket + after
-    markers = (BEGIN_THINK, *_ENDS_THOUGHT)
-    opens = bracket and any(marker != tail and marker.startswith(tail) for marker in markers)
+    opens = bracket and any(marker != tail and marker.startswith(tail) for marker in _MARKERS)
     return before if opens else text
 
 
-_LINE = re.compile(r"\s*(\d{1,9})\.\s+(\S.*?)\s*")
+_LINE = re.compile(r"(\d{1,9})\.\s+(\S.*)")  # of a line that is stripped: linear in its length
 _NUMBER = re.compile(r"#?(\d{1,9})")
 
 
@@ -232,7 +232,7 @@ def parse_answer(text: str) -> list[str] | None:
     if not begin:
         return None
     lines = rest.partition(END_ANSWER)[0].splitlines()
-    return [match[2] for line in lines if (match := _LINE.fullmatch(line))]
+    return [match[2] for line in lines if (match := _LINE.fullmatch(line.strip()))]
 
 
 def resolve_entries(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError, create_model
 
-from ..errors import RequestError
+from ..errors import RequestError, shown
 from .state import RecommendationRequest, RunSettings
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def explain(error: ValidationError) -> str:
     """One line for all problems of a validation: field, complaint, value."""
     return "; ".join(
         f"{'.'.join(map(str, problem['loc'])) or 'input'}: {problem['msg']} "
-        f"(got {problem['input']!r:.200})"
+        f"(got {shown(problem['input'])})"
         for problem in error.errors()
     )
 

@@ -17,7 +17,7 @@ from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from ..errors import RequestError
+from ..errors import RequestError, shown
 from ..settings import load_settings
 from . import app as agent
 from .persistence import open_checkpointer
@@ -46,11 +46,14 @@ async def _lifespan(_: Starlette) -> AsyncIterator[None]:
 class RefuseMalformed:
     """Answers the start of a run with HTTP 422 where its input or its context is malformed.
 
-    LangGraph's server takes any input, and the run would fail later.
+    LangGraph's server takes any input, and the run would fail later. 413 answers a request that is
+    too long, 429 one while too many runs are waited for (settings.ServerSettings).
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
+        self._bounds = load_settings().server
+        self._open = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on everything else as it came."""
@@ -61,13 +64,30 @@ class RefuseMalformed:
         ):
             await self._app(scope, receive, send)
             return
-        body = await Request(scope, receive).body()
+        if self._open >= self._bounds.max_open_runs:
+            said = f"{self._open} runs are waited for already: try again when some have ended"
+            await JSONResponse({"detail": said}, 429)(scope, receive, send)
+            return
+        self._open += 1
         try:
-            await asyncio.to_thread(_check, body)
+            await self._admit(scope, receive, send)
+        finally:
+            self._open -= 1
+
+    async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body, most = bytearray(), self._bounds.max_body_bytes
+        async for chunk in Request(scope, receive).stream():
+            body += chunk
+            if len(body) > most:
+                said = f"the request is longer than {most} bytes: start fewer runs by it"
+                await JSONResponse({"detail": said}, 413)(scope, receive, send)
+                return
+        try:
+            await asyncio.to_thread(_check, bytes(body), self._bounds.max_open_runs)
         except RequestError as error:
             await JSONResponse({"detail": str(error)}, 422)(scope, receive, send)
             return
-        unread = [body]
+        unread = [bytes(body)]
 
         async def again() -> Message:
             if unread:
@@ -77,12 +97,16 @@ class RefuseMalformed:
         await self._app(scope, again, send)
 
 
-def _check(body: bytes) -> None:
+def _check(body: bytes, most: int) -> None:
     """Raise RequestError where a run can't be what its caller meant."""
     try:
         payload = json.loads(body)
     except ValueError:
         return  # the server says what is wrong with it
+    except RecursionError as error:
+        raise RequestError("malformed request: its JSON is nested too deeply") from error
+    if isinstance(payload, list) and len(payload) > most:
+        raise RequestError(f"{len(payload)} runs in one batch; at most {most} are allowed")
     for run in payload if isinstance(payload, list) else [payload]:
         if not isinstance(run, Mapping):
             return
@@ -92,7 +116,7 @@ def _check(body: bytes) -> None:
         if given is None:  # a run that goes on
             continue
         if not isinstance(given, Mapping):
-            raise RequestError(f"malformed request: input: not an object (got {given!r:.200})")
+            raise RequestError(f"malformed request: input: not an object (got {shown(given)})")
         agent.check_filters(parse_request(**given).filters)
 
 

@@ -54,6 +54,20 @@ MAX_RETRIEVALS = 64
 MAX_WISHES = 8
 """The most wishes that one request may state."""
 
+MAX_HISTORY = 1000
+"""The most items that the history of one request may hold."""
+
+MAX_NAME_CHARS = 1000
+"""The longest id or title that a request may name."""
+
+MAX_TOKENS = 2**20
+"""The most tokens that any run may be allowed; an engine holds fewer."""
+
+MAX_SECONDS = 86_400.0
+"""The longest time that a run may be allowed."""
+
+_Name = Annotated[str, StringConstraints(max_length=MAX_NAME_CHARS)]
+
 Wish = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=200)]
 """One wish of the user, in a few words."""
 
@@ -78,12 +92,23 @@ class Limits(_Model):
         le=MAX_RETRIEVALS,
         description="Guided decoding offers to stop only after this many searches.",
     )
-    max_new_tokens: int = Field(2048, ge=16, description="Tokens of one generation.")
+    max_new_tokens: int = Field(
+        2048,
+        ge=16,
+        le=MAX_TOKENS,
+        description="Tokens of one generation; guided searches and lists have their own.",
+    )
     max_total_tokens: int = Field(
-        16384, ge=256, description="Tokens of a run, prompt included; the engine may hold fewer."
+        16384,
+        ge=256,
+        le=MAX_TOKENS,
+        description="Tokens of a run, prompt included; the engine may hold fewer.",
     )
     time_budget_s: float | None = Field(
-        None, gt=0, description="Seconds for a run; then the answer is made of what was found."
+        None,
+        gt=0,
+        le=MAX_SECONDS,
+        description="Seconds for a run; then the answer is made of what was found.",
     )
 
 
@@ -107,9 +132,11 @@ class RunSettings(_Model):
     answer_form: AnswerForm = Field("titles", description="Answer lines name titles or numbers.")
     temperature: float = Field(0.0, ge=0, le=2, description="Sampling temperature; 0 is greedy.")
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling.")
-    seed: int | None = Field(None, description="Sampling seed; none draws anew each run.")
+    seed: int | None = Field(
+        None, ge=-(2**63), lt=2**63, description="Sampling seed; none draws anew each run."
+    )
     thought_tokens: int = Field(
-        96, ge=1, description="Guided decoding: tokens of one thought at most."
+        96, ge=1, le=MAX_TOKENS, description="Guided decoding: tokens of one thought at most."
     )
     on_limit: Literal["answer", "fail"] = Field(
         "answer",
@@ -130,12 +157,13 @@ class RunSettings(_Model):
 class RecommendationRequest(_Model):
     """What a caller asks. Give `history` or `user_id`, not both."""
 
-    history: list[str] | None = Field(
+    history: list[_Name] | None = Field(
         None,
+        max_length=MAX_HISTORY,
         description="Items the user liked, oldest first: catalog ids or titles.",
         examples=[["Toy Story", "Babe", "Aladdin"]],
     )
-    user_id: str | None = Field(
+    user_id: _Name | None = Field(
         None, description="A user whose history is known.", examples=["196"]
     )
     k: int | None = Field(

@@ -14,6 +14,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
@@ -30,6 +31,11 @@ from deeprec.graph.engine.vllm_inprocess import VLLMEngine
 from deeprec.settings import load_settings
 from deeprec.tools.interactions import InteractionData, Item
 from deeprec.tools.text_encoder import TextEncoder
+
+# The same examples in every run of `make test`; `make fuzz` draws others each time, many more.
+settings.register_profile("test", derandomize=True, deadline=None, max_examples=200)
+settings.register_profile("fuzz", deadline=None, max_examples=4_000, print_blob=True)
+settings.load_profile("test")
 
 GENRES = ("Comedy", "Drama", "Horror", "Western")
 

@@ -111,7 +111,7 @@ def _load(
     return rows.build(name or reviews.name.partition(".")[0], items)
 
 
-def _items(layout: _Layout, path: Path, wanted: Container[str]) -> Iterator[Item]:
+def _items(layout: _Layout, path: Path, wanted: Container[str]) -> Iterator[tuple[int, Item]]:
     for row, record in json_records(path):
         id_ = _id(path, row, record, layout.item).strip()
         if id_ not in wanted:
@@ -121,7 +121,7 @@ def _items(layout: _Layout, path: Path, wanted: Container[str]) -> Iterator[Item
             title = ""
         attributes = {to: _texts(path, row, record, key) for key, to in layout.attributes.items()}
         description = " ".join(_texts(path, row, record, "description"))
-        yield make_item(path, row, id_, title, attributes, description)
+        yield row, make_item(path, row, id_, title, attributes, description)
 
 
 def _find_files(path: Path, metadata: Path | None) -> tuple[Path, Path]:

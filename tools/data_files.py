@@ -11,6 +11,7 @@ import gzip
 import json
 import logging
 import math
+import os
 import re
 import sys
 import time
@@ -19,6 +20,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, NoReturn, cast
 
@@ -30,7 +32,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from ..errors import DataError
-from .interactions import InteractionData, Item
+from .interactions import InteractionData, Item, some_rows
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +40,8 @@ MAX_ROW_BYTES = 8 * 2**20
 """A longer row of a text file is refused."""
 MAX_FIELD_CHARS = 100_000
 """A longer id, title, attribute or description is refused."""
+MAX_VALUES = 10_000
+"""An item with more attribute values is refused."""
 
 TIME_UNITS = {"s": 1, "ms": 1_000, "us": 1_000_000}
 _NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
@@ -56,6 +60,21 @@ def check_file(path: Path) -> None:
         raise DataError(f"{path} {what}. Check the path.")
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty. Get it again from its source.")
+
+
+def inside(path: Path, folder: Path) -> Path:
+    """`path`, which was found in `folder` and not named by anyone.
+
+    Raises DataError where it is a link that leads out of the folder: what is unpacked from an
+    archive may point at any file of this machine.
+    """
+    target = Path(os.path.realpath(path))
+    if not target.is_relative_to(os.path.realpath(folder)):
+        raise DataError(
+            f"{path} is a link to {target}, outside {folder}. Put a copy of the file in its place, "
+            "or name the file itself."
+        )
+    return path
 
 
 def lines(path: Path) -> Iterator[tuple[int, bytes]]:
@@ -102,8 +121,11 @@ def make_item(
     id_ = id_.strip()
     if not id_:
         fail(path, row, "the item has no id")
-    if any(len(t) > MAX_FIELD_CHARS for t in (id_, title, description, *attributes.values())):
+    texts = chain((id_, title, description), *attributes.values())
+    if any(len(text) > MAX_FIELD_CHARS for text in texts):
         fail(path, row, f"a field is longer than {MAX_FIELD_CHARS} characters")
+    if sum(map(len, attributes.values())) > MAX_VALUES:
+        fail(path, row, f"the item has more than {MAX_VALUES} attribute values")
     tidied = {
         name: tuple(dict.fromkeys(text for value in values if (text := " ".join(value.split()))))
         for name, values in attributes.items()
@@ -116,23 +138,25 @@ def make_item(
     )
 
 
-def items_by_id(items: Iterable[Item], path: Path) -> dict[str, Item]:
-    """Items of a file by id; of those that come twice the first is kept, and it is logged."""
+def items_by_id(items: Iterable[tuple[int, Item]], path: Path) -> dict[str, Item]:
+    """Items of a file, given with their row numbers, by id.
+
+    Of those that come twice the first is kept; the rows of the others are logged.
+    """
     found: dict[str, Item] = {}
-    doubled = 0
-    for item in items:
-        doubled += found.setdefault(item.id, item) is not item
+    doubled = [row for row, item in items if found.setdefault(item.id, item) is not item]
     if doubled:
-        logger.warning("%s: %d items came twice; the first was kept", path, doubled)
+        told = len(doubled), some_rows(doubled)
+        logger.warning("%s: %d items came twice (%s); the first was kept", path, *told)
     return found
 
 
 def only(candidates: Sequence[Path], folder: Path, what: str, remedy: str) -> Path:
-    """The one candidate; DataError if there is none or a choice."""
+    """The one candidate; DataError if there is none or a choice, or it leads out of `folder`."""
     if len(candidates) != 1:
         found = ", ".join(path.name for path in candidates) or "none"
         raise DataError(f"{folder} must hold one file of {what}; found: {found}. {remedy}")
-    return candidates[0]
+    return inside(candidates[0], folder)
 
 
 @dataclass
@@ -147,6 +171,7 @@ class Rows:
     users: array[int] = field(default_factory=lambda: array("i"))
     items: array[int] = field(default_factory=lambda: array("i"))
     times: array[float] = field(default_factory=lambda: array("d"))
+    numbers: array[int] = field(default_factory=lambda: array("q"))  # of the rows
 
     def __post_init__(self) -> None:
         self._latest = _latest_time(self.per_second)
@@ -168,6 +193,7 @@ class Rows:
         self.users.append(self.user_codes.setdefault(user, len(self.user_codes)))
         self.items.append(self.item_codes.setdefault(item, len(self.item_codes)))
         self.times.append(time)
+        self.numbers.append(row)
 
     def build(self, name: str, metadata: Mapping[str, Item]) -> InteractionData:
         """What was gathered, as a data set."""
@@ -182,6 +208,7 @@ class Rows:
             times=np.frombuffer(self.times, dtype=np.float64),
             metadata=metadata,
             per_second=self.per_second,
+            numbers=np.frombuffer(self.numbers, dtype=np.int64),
         )
 
 
@@ -350,7 +377,7 @@ def read_delimited(
     except LookupError as error:
         raise DataError(f"{path}: {error}. Name an encoding that Python knows.") from error
     except (OSError, EOFError, zlib.error, UnicodeError, pa.ArrowException) as error:
-        raise _unreadable(path, str(error), encoding) from error
+        raise _unreadable(path, error, encoding) from error
     return _filled(Table(path, data, first_row=2))
 
 
@@ -359,15 +386,27 @@ def nothing_left(path: Path, min_rating: float | None) -> DataError:
     return DataError(f"{path}: no interaction is rated {min_rating} or more. Lower min_rating.")
 
 
-def _unreadable(path: Path, problem: str, encoding: str) -> DataError:
+def _unreadable(path: Path, error: Exception, encoding: str) -> DataError:
+    problem = str(error)
     if "straddling" in problem:  # Arrow's word for a row longer than a block
         for _ in lines(path):  # names the row
             pass
+    if isinstance(error, UnicodeError):  # of a file that is no UTF-8 Arrow names no row
+        problem = _first_undecodable(path, encoding) or problem
     place = re.search(r"Row #(\d+): (.*)", problem)
     where = f"{path}, row {place[1]}: {place[2][:200]}" if place else f"{path}: {problem[:200]}"
     return DataError(
         f"{where} (read as {encoding}). Mend the row, or name the file's right encoding."
     )
+
+
+def _first_undecodable(path: Path, encoding: str) -> str | None:
+    for row, (_, line) in enumerate(lines(path), 1):
+        try:
+            line.decode(encoding)
+        except UnicodeError as error:
+            return f"Row #{row}: {error}"
+    return None
 
 
 def _open(path: Path) -> BinaryIO:

@@ -16,13 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 from rapidfuzz import fuzz, process
 
-from ..errors import RequestError
+from ..errors import RequestError, shown
 from .interactions import Item
 from .titles import YEAR_NAME, sanitise
 
 MAX_CONDITIONS = 32  # attributes that one filter may name
 MAX_VALUES = 100  # values that one attribute may list
-MAX_VALUE_CHARS = 200
+MAX_VALUE_CHARS = 200  # of a value, and of an attribute's name
+_MAX_INTEGER = 2**63 - 1
 _LISTED = 8  # known names or values that an error text lists
 _OPERATORS = ("any", "not", "gte", "lte")
 _HOW = 'Write {"attribute": "value"}, a list of values, {"gte": 1990, "lte": 1999} or {"not": [..]}'
@@ -73,7 +74,7 @@ class Filters:
         if raw is None:
             return cls()
         if not isinstance(raw, Mapping):
-            raise RequestError(f"filters {_show(raw)} are not a mapping. {_HOW}.")
+            raise RequestError(f"filters {shown(raw)} are not a mapping. {_HOW}.")
         if len(raw) > MAX_CONDITIONS:
             raise RequestError(
                 f"filters name {len(raw)} attributes; at most {MAX_CONDITIONS} are allowed."
@@ -121,7 +122,7 @@ class AttributeIndex:
             if name not in self._postings:
                 known = _listed(condition.attribute, self._names)
                 raise RequestError(
-                    f"unknown attribute {_show(condition.attribute)}. Known attributes: {known}."
+                    f"unknown attribute {shown(condition.attribute)}. Known attributes: {known}."
                 )
             allowed &= self._holds(name, condition)
         return allowed
@@ -158,7 +159,7 @@ class AttributeIndex:
                     inside[self._postings[name][text]] = True
             if all(value is None for value in numbers.values()):
                 raise RequestError(
-                    f"attribute {_show(condition.attribute)} holds no numbers, so it has no range. "
+                    f"attribute {shown(condition.attribute)} holds no numbers, so it has no range. "
                     f"Known values: {_listed('', self._spelled[name])}."
                 )
             held &= inside
@@ -170,7 +171,7 @@ class AttributeIndex:
             positions = self._postings[name].get(value_key(value))
             if positions is None:
                 raise RequestError(
-                    f"no item has {_show(value)} as {self._names[name]}. "
+                    f"no item has {shown(value)} as {self._names[name]}. "
                     f"Known values: {_listed(value, self._spelled[name])}."
                 )
             having[positions] = True
@@ -187,20 +188,23 @@ def number(text: str) -> float | None:
 
 
 def _condition(name: object, wanted: object) -> Condition:
-    if not isinstance(name, str) or not name.strip():
-        raise RequestError(f"{_show(name)} is not an attribute's name. {_HOW}.")
+    if not isinstance(name, str) or not name.strip() or len(name) > MAX_VALUE_CHARS:
+        raise RequestError(
+            f"{shown(name)} is not an attribute's name of 1 to {MAX_VALUE_CHARS} characters. "
+            f"{_HOW}."
+        )
     if not isinstance(wanted, Mapping):
         return Condition(name, any_of=_values(name, wanted))
     unknown = [key for key in wanted if key not in _OPERATORS]
     if unknown or not wanted:
         raise RequestError(
-            f"filter on {_show(name)} has {_show(unknown or dict(wanted))}, which is none of "
+            f"filter on {shown(name)} has {shown(unknown or dict(wanted))}, which is none of "
             f"{', '.join(_OPERATORS)}. {_HOW}."
         )
     bounds = {side: _bound(name, wanted[side]) for side in ("gte", "lte") if side in wanted}
     if len(bounds) == 2 and bounds["gte"] > bounds["lte"]:
         raise RequestError(
-            f"filter on {_show(name)}: gte {bounds['gte']:g} is above lte {bounds['lte']:g}, so "
+            f"filter on {shown(name)}: gte {bounds['gte']:g} is above lte {bounds['lte']:g}, so "
             "nothing fits. Swap them."
         )
     return Condition(
@@ -215,10 +219,10 @@ def _condition(name: object, wanted: object) -> Condition:
 def _values(name: str, wanted: object) -> tuple[str, ...]:
     listed = list(wanted) if isinstance(wanted, list | tuple | set | frozenset) else [wanted]
     if not listed:
-        raise RequestError(f"filter on {_show(name)} lists no value. Name one, or leave it out.")
+        raise RequestError(f"filter on {shown(name)} lists no value. Name one, or leave it out.")
     if len(listed) > MAX_VALUES:
         raise RequestError(
-            f"filter on {_show(name)} lists {len(listed)} values; at most {MAX_VALUES} are allowed."
+            f"filter on {shown(name)} lists {len(listed)} values; at most {MAX_VALUES} are allowed."
         )
     return tuple(_value(name, value) for value in listed)
 
@@ -230,7 +234,7 @@ def _value(name: str, value: object) -> str:
     elif _is_finite(value):
         return f"{value:.0f}" if float(value).is_integer() else repr(value)
     raise RequestError(
-        f"filter on {_show(name)}: {_show(value)} is no value. Give a text of 1 to "
+        f"filter on {shown(name)}: {shown(value)} is no value. Give a text of 1 to "
         f"{MAX_VALUE_CHARS} characters or a number."
     )
 
@@ -241,15 +245,15 @@ def _bound(name: str, value: object) -> float:
     if _is_finite(value):
         return float(value)
     raise RequestError(
-        f"filter on {_show(name)}: {_show(value)} is no bound. gte and lte must be finite numbers."
+        f"filter on {shown(name)}: {shown(value)} is no bound. gte and lte must be finite numbers."
     )
 
 
 def _is_finite(value: object) -> TypeGuard[int | float]:
-    # Comparing holds for NaN, infinities and whole numbers beyond any float.
+    # Comparing holds for NaN and infinities; whole numbers must fit where state is stored.
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
-    return abs(value) <= sys.float_info.max
+    return abs(value) <= (sys.float_info.max if isinstance(value, float) else _MAX_INTEGER)
 
 
 def _listed(text: str, known: Mapping[str, str]) -> str:
@@ -264,10 +268,3 @@ def _listed(text: str, known: Mapping[str, str]) -> str:
     more = len(known) - len(keys)
     spelled = ", ".join(sanitise(known[key], limit=MAX_VALUE_CHARS) for key in keys)
     return spelled + (f" and {more} more" if more else "")
-
-
-def _show(value: object) -> str:
-    try:
-        return repr(value)[:MAX_VALUE_CHARS]
-    except ValueError:  # Python spells no whole number of more than some thousand digits
-        return f"a {type(value).__name__} too long to show"

@@ -37,12 +37,14 @@ __all__ = [
     "Split",
     "item_text",
     "leave_one_out",
+    "some_rows",
     "statistics",
 ]
 
 logger = logging.getLogger(__name__)
 
 _YEAR_10000 = 253_402_300_800
+_NAMED_ROWS = 5
 _ITEMS, _INTERACTIONS, MANIFEST = "items.parquet", "interactions.parquet", "dataset.json"
 
 
@@ -130,19 +132,21 @@ class InteractionData:
         times: NDArray[np.float64],
         metadata: Mapping[str, Item],
         per_second: int = 1,
+        numbers: NDArray[np.integer] | None = None,
     ) -> InteractionData:
         """Interactions in the order of a source file, as a data set.
 
         `users` and `items` are positions in `user_ids` and `item_ids`; ids that no row names
         are left out. `times` counts 1/`per_second` seconds and orders by that precision. Rows
         equal in user, item and time are kept once. An item without metadata is titled by its
-        id. How many rows and items that were is logged.
+        id. How many rows and items that were is logged, with the rows' `numbers` in the file.
         """
         order = np.lexsort((items, times, users))  # stable: equal rows keep their order
         equal = np.zeros(len(order), dtype=bool)
         equal[1:] = np.all([np.diff(x[order]) == 0 for x in (users, items, times)], axis=0)
         if equal.any():
-            logger.warning("%s: %d duplicate rows were dropped", name, equal.sum())
+            told = f" ({some_rows(numbers[np.sort(order[equal])])})" if numbers is not None else ""
+            logger.warning("%s: %d duplicate rows were dropped%s", name, equal.sum(), told)
         rows = np.sort(order[~equal])
         rows = rows[np.lexsort((times[rows], users[rows]))]
         new_users, kept_users = _compact(users[rows], len(user_ids))
@@ -352,6 +356,12 @@ class _Manifest(BaseModel):
     items: int
     interactions: int
     fingerprint: str
+
+
+def some_rows(numbers: Sequence[int] | NDArray[np.integer]) -> str:
+    """The first few row numbers, for a message."""
+    more = " …" if len(numbers) > _NAMED_ROWS else ""
+    return f"rows {', '.join(map(str, numbers[:_NAMED_ROWS]))}{more}"
 
 
 def _compact(codes: NDArray[np.integer], count: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from ..errors import DataError
@@ -23,6 +24,7 @@ from .data_files import (
     Rows,
     Table,
     fail,
+    inside,
     items_by_id,
     lines,
     make_item,
@@ -143,7 +145,7 @@ def load_recbole(
     metadata: dict[str, Item] = {}
     item_path = path.with_suffix(".item")
     if item_path.exists():
-        table, types = _read_recbole(item_path)
+        table, types = _read_recbole(inside(item_path, path.parent))
         texts = [f for f, type_ in types.items() if type_.startswith("token") and f != item_field]
         title = title_field or _guess_title(texts, item_path)
         description = "description" if "description" in texts else None
@@ -164,8 +166,9 @@ def load_movielens_1m(
     Items carry genres and year, which is taken off the end of the title.
     """
     folder = Path(path)
-    metadata = items_by_id(_movies(folder / "movies.dat"), folder / "movies.dat")
-    rows = Rows(folder / "ratings.dat", min_rating)
+    movies = inside(folder / "movies.dat", folder)
+    metadata = items_by_id(_movies(movies), movies)
+    rows = Rows(inside(folder / "ratings.dat", folder), min_rating)
     for row, (user, item, rating, seconds) in _double_colon(rows.path, 4):
         try:
             rows.add(row, user, item, float(seconds), float(rating))
@@ -243,11 +246,12 @@ def _interactions(
     users, user_ids = table.ids(columns.user)
     items, item_ids = table.ids(columns.item)
     times, per_second = table.times(columns.time, time_unit)
+    numbers = table.first_row + np.arange(len(times))
     if min_rating is not None:
         kept = table.numbers(columns.rating) >= min_rating
         if not kept.any():
             raise nothing_left(table.path, min_rating)
-        users, items, times = users[kept], items[kept], times[kept]
+        users, items, times, numbers = users[kept], items[kept], times[kept], numbers[kept]
     return InteractionData.from_rows(
         name,
         user_ids=user_ids,
@@ -257,6 +261,7 @@ def _interactions(
         times=times,
         metadata=metadata,
         per_second=per_second,
+        numbers=numbers,
     )
 
 
@@ -274,14 +279,14 @@ def _items(
     descriptions = table.texts(description) if description else [""] * len(codes)
     lists = {column: table.lists(column, separators[column]) for column in names}
 
-    def rows() -> Iterator[Item]:
+    def rows() -> Iterator[tuple[int, Item]]:
         for index, code in enumerate(codes):
             attributes: dict[str, list[str]] = {}
             for column, values in lists.items():
                 attributes.setdefault(names[column], []).extend(values[index])
             row = table.first_row + index
             text = titles[index], attributes, descriptions[index]
-            yield make_item(table.path, row, ids[code], *text)
+            yield row, make_item(table.path, row, ids[code], *text)
 
     return items_by_id(rows(), table.path)
 
@@ -335,8 +340,8 @@ def _double_colon(path: Path, width: int) -> Iterator[tuple[int, list[str]]]:
         yield row, fields
 
 
-def _movies(path: Path) -> Iterator[Item]:
+def _movies(path: Path) -> Iterator[tuple[int, Item]]:
     for row, (id_, text, genres) in _double_colon(path, 3):
         dated = re.fullmatch(r"\s*(.*\S)\s*\((\d{4})\)\s*", text)
         title, year = (dated[1], [dated[2]]) if dated else (text, [])
-        yield make_item(path, row, id_, title, {"genres": genres.split("|"), "year": year})
+        yield row, make_item(path, row, id_, title, {"genres": genres.split("|"), "year": year})

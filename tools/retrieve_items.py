@@ -1,9 +1,10 @@
 """The retriever as a LangChain tool, so that any agent can call it."""
 
 import asyncio
+from typing import Annotated
 
 from langchain_core.tools import StructuredTool, ToolException
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from ..errors import CatalogError, RequestError
 from .catalog import Catalog
@@ -12,6 +13,8 @@ from .retriever import RetrievalRequest, Retriever, ScoredItem
 
 MAX_HISTORY = 1000
 MAX_K = 200
+MAX_NAME_CHARS = 1000  # of an id or title of the history
+MAX_ASKED_CHARS = 10_000  # of a preference; what is over MAX_PREFERENCE_CHARS is not read
 
 _FilterValue = str | int | float
 _FilterRange = dict[str, _FilterValue | list[_FilterValue]]
@@ -22,7 +25,7 @@ class RetrieveItemsArgs(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    history: list[str] = Field(
+    history: list[Annotated[str, StringConstraints(max_length=MAX_NAME_CHARS)]] = Field(
         description="Items the user liked, oldest first: catalog ids or titles; 'id:' before an "
         "id tells it from a title.",
         min_length=1,
@@ -31,6 +34,7 @@ class RetrieveItemsArgs(BaseModel):
     )
     preference: str | None = Field(
         None,
+        max_length=MAX_ASKED_CHARS,
         description="What to look for: short phrases joined by ';'. Leave it out to go by the "
         "history alone.",
         examples=["animated adventure; 1990s; for children"],

@@ -16,7 +16,7 @@ from rapidfuzz import fuzz, process
 from ..errors import AmbiguousTitleError, RequestError
 from .interactions import Item
 
-MAX_TITLE_CHARS = 750  # the paper's limit for one line of a list
+MAX_TITLE_CHARS = 740  # a list's line holds 750 (the paper's limit), its label included
 FUZZY_CUTOFF = 85.0  # least similarity (0 to 100, rapidfuzz.fuzz.ratio) that counts as meant
 FUZZY_MARGIN = 3.0  # items this close to the most similar one make a typed title ambiguous
 _CANDIDATES = 10  # items that an ambiguity lists

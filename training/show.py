@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -11,6 +10,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from ..terminal import visible
 from .trajectories import Piece, Rewards, Trajectory
 
 if TYPE_CHECKING:
@@ -42,11 +42,11 @@ def trajectory_lines(trajectory: Trajectory, *, prompt: bool = False) -> list[Re
     Masked spans are told by their heading as well as by colour, so that they are visible in a
     file or on a terminal without colours. `prompt` shows the request's text too.
     """
-    lines: list[RenderableType] = [Text(_visible(trajectory.id), "bold"), _about(trajectory)]
+    lines: list[RenderableType] = [Text(visible(trajectory.id), "bold"), _about(trajectory)]
     for piece in trajectory.pieces:
         lines.append(_heading(piece))
         if prompt or piece.author != "prompt":
-            lines.append(Text(_visible(piece.text.strip("\n")), _STYLE[piece.author]))
+            lines.append(Text(visible(piece.text.strip("\n")), _STYLE[piece.author]))
     return [*lines, Rule(style="dim"), *_verdict(trajectory)]
 
 
@@ -58,7 +58,7 @@ def overview(trajectories: Sequence[Trajectory]) -> Table:
     table.add_column("reward", justify="right")
     for run in trajectories:
         table.add_row(
-            Text(_visible(run.id)),
+            Text(visible(run.id)),
             run.stop_reason,
             str(run.usage.retrievals),
             str(len(run.completion_ids)),
@@ -72,7 +72,8 @@ def overview(trajectories: Sequence[Trajectory]) -> Table:
 def _about(run: Trajectory) -> Text:
     sampling = f"temperature {run.settings.temperature:g}" if run.settings.temperature else "greedy"
     text = Text(style="dim")
-    text.append(f"{_visible(run.model)} [{run.model_fingerprint[:12] or 'weights unknown'}], ")
+    weights = visible(run.model_fingerprint[:12]) or "weights unknown"
+    text.append(f"{visible(run.model)} [{weights}], ")
     text.append(f"{run.settings.decoding} decoding, {sampling}, ")
     text.append(f"settings [{run.settings_fingerprint[:12]}]\n")
     counts = Counter(run.authors)
@@ -90,7 +91,7 @@ def _verdict(run: Trajectory) -> list[RenderableType]:
     text = Text()
     text.append("stopped by   ", "dim").append(run.stop_reason + "\n")
     if run.failure:
-        text.append("failed       ", "dim").append(_visible(run.failure.detail) + "\n", "red")
+        text.append("failed       ", "dim").append(visible(run.failure.detail) + "\n", "red")
     text.append("broken rules ", "dim")
     text.append(", ".join(run.violations) or "none", "red" if run.violations else "green")
     text.append("\nanswer       ", "dim")
@@ -99,8 +100,8 @@ def _verdict(run: Trajectory) -> list[RenderableType]:
         if item is None:
             text.append("(not retrieved)", "red")
         else:
-            text.append(_visible(item), "bold green" if item == run.target else "")
-    text.append("\ntarget       ", "dim").append(_visible(run.target or "unknown"))
+            text.append(visible(item), "bold green" if item == run.target else "")
+    text.append("\ntarget       ", "dim").append(visible(run.target or "unknown"))
     places = [
         f"search {turn} place {at}"
         for turn, said in enumerate(run.turns, 1)
@@ -123,11 +124,3 @@ def _share(run: Trajectory) -> float:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:+.3f}"
-
-
-def _visible(text: str) -> str:
-    """Text whose control characters can't drive a terminal: each becomes a visible mark."""
-    return "".join(
-        character if character == "\n" or unicodedata.category(character) != "Cc" else "�"
-        for character in text
-    )

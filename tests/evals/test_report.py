@@ -1,5 +1,6 @@
 """The HTML report: what stands in it, and that nothing in it can act."""
 
+import re
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,7 +14,9 @@ from deeprec.evals.report import render, report
 from deeprec.evals.results import Outcome as Line
 from deeprec.evals.results import Results, Trace, TracedItem, TracedTurn
 from deeprec.evals.tables import Table, markdown, p_value
+from deeprec.terminal import visible
 
+from ..red_team import TEXTS, whole
 from .conftest import Evaluate
 from .test_agents import AGENT, GOOD, INVENTS, OUTAGE, REPEATS, Play, play
 
@@ -85,25 +88,25 @@ def test_the_report_needs_no_network_and_runs_nothing(results: Results, tmp_path
     assert "@import" not in html
 
 
-def evil_trace() -> Trace:
+def evil_trace(text: str = EVIL) -> Trace:
     return Trace(
         recommender="agent",
-        user=EVIL,
+        user=text,
         outcome="hit",
-        history=(EVIL,),
-        target=EVIL,
+        history=(text,),
+        target=text,
         turns=(
             TracedTurn(
-                thought=EVIL,
-                preference=EVIL,
-                refused=EVIL,
-                retrieved=(TracedItem(title=EVIL, score=1, hit=True),),
+                thought=text,
+                preference=text,
+                refused=text,
+                retrieved=(TracedItem(title=text, score=1, hit=True),),
             ),
         ),
-        list=(Line(title=EVIL, source="policy", hit=True),),
+        list=(Line(title=text, source="policy", hit=True),),
         stop_reason="answered",
         broken_rules=(),
-        failure=EVIL,
+        failure=text,
         tokens=1,
         seconds=1,
     )
@@ -129,9 +132,25 @@ def test_what_model_and_catalog_wrote_stays_text(results: Results) -> None:
     assert "<script" not in markdown(tainted)
 
 
+def test_the_red_team_adds_no_tag_and_turns_no_line(results: Results) -> None:
+    def shown(texts: list[str]) -> tuple[str, Page]:
+        row = results.rows[0].model_copy(update={"unknown": 1, "examples": tuple(texts)})
+        changes = {"traces": tuple(map(evil_trace, texts)), "rows": (row, *results.rows[1:])}
+        html = render([results.model_copy(update=changes)])
+        return html, Page(html)
+
+    texts = [whole(text)[:1000] for text in TEXTS]
+    html, hostile = shown(texts)
+    assert hostile.tags == shown(["x"] * len(texts))[1].tags
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", html)
+    assert all(visible(text).strip() in hostile.text for text in texts)
+
+
 def test_a_cell_can_not_break_its_table() -> None:
     table = Table("t", "n", ("a", "b"), (("x|y", "two\nlines"),))
     assert table.markdown().splitlines()[-1] == "| x\\|y | two lines |"
+    table = Table("t", "n", ("a",), (("![x](http://evil/x.png)<b>`y`",),))
+    assert table.markdown().splitlines()[-1] == "| !\\[x\\](http://evil/x.png)&lt;b>\\`y\\` |"
 
 
 def test_light_dark_and_print(results: Results, tmp_path: Path) -> None:

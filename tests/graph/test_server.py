@@ -66,6 +66,47 @@ async def test_malformed_runs_are_refused_with_the_field_named(
     assert says in reply.json()["detail"]
 
 
+async def test_what_is_too_long_too_deep_or_too_many_is_refused(
+    door: httpx.AsyncClient,
+) -> None:
+    bounds = load_settings().server
+    long = {"input": {"history": ["x" * bounds.max_body_bytes]}}
+    reply = await door.post("/runs/wait", json=long)
+    assert reply.status_code == 413
+    assert f"longer than {bounds.max_body_bytes} bytes" in reply.json()["detail"]
+    deep = '{"input": {"filters": ' + '{"a": ' * 100_000 + "1" + "}" * 100_002
+    reply = await door.post("/runs/wait", content=deep)
+    assert reply.status_code == 422
+    assert "nested too deeply" in reply.json()["detail"]
+    many = [{"input": {"history": ["a"]}}] * (bounds.max_open_runs + 1)
+    reply = await door.post("/runs/batch", json=many)
+    assert reply.status_code == 422
+    assert "257 runs in one batch; at most 256" in reply.json()["detail"]
+
+
+async def test_no_more_runs_are_waited_for_than_the_settings_allow(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("DEEPREC_SERVER__MAX_OPEN_RUNS", "1")
+    began, end = asyncio.Event(), asyncio.Event()
+
+    async def works(scope: Any, receive: Any, send: Any) -> None:
+        began.set()
+        await end.wait()
+        await echo(scope, receive, send)
+
+    transport = httpx.ASGITransport(app=server.RefuseMalformed(works))
+    async with httpx.AsyncClient(transport=transport, base_url="http://door") as client:
+        first = asyncio.create_task(client.post("/runs/wait", json={"input": None}))
+        await began.wait()
+        reply = await client.post("/runs/wait", json={"input": None})
+        assert reply.status_code == 429
+        assert "1 runs are waited for already" in reply.json()["detail"]
+        end.set()
+        assert (await first).status_code == 200
+        assert (await client.post("/runs/wait", json={"input": None})).status_code == 200
+
+
 @pytest.mark.parametrize(
     ("path", "body"),
     [

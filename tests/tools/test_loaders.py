@@ -612,6 +612,70 @@ def test_other_formats_in_a_folder_without_them(tmp_path: Path, format: str) -> 
             load(path, format)
 
 
+def test_a_huge_or_endless_attribute_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = write(tmp_path / "log.csv", "user_id,item_id,timestamp", "u,i,1")
+    items = write(tmp_path / "items.csv", "item_id,title,tags", "i,I,x", f"j,J,{'x' * 100_001}")
+    with pytest.raises(DataError, match=r"items\.csv, row 3: a field is longer than 100000"):
+        load(log, items=items, attributes=["tags"])
+    write(items, "item_id,title,tags", "i,I,x", "j,J,1|2|3|4")
+    assert load(log, items=items, attributes=["tags"])
+    monkeypatch.setattr(data_files, "MAX_VALUES", 3)
+    with pytest.raises(DataError, match=r"items\.csv, row 3: .* more than 3 attribute values"):
+        load(log, items=items, attributes=["tags"])
+
+
+def test_what_comes_twice_is_told_by_its_row(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = ["u,i,5", "u,j,5", "u,i,5", "u,j,5", "u,i,6"]
+    log = write(tmp_path / "log.csv", "user_id,item_id,timestamp", *rows)
+    items = write(tmp_path / "items.csv", "item_id,title", "i,I", "j,J", "i,Other")
+    with caplog.at_level(logging.WARNING):
+        assert len(load(log, items=items).users) == 3
+    assert "2 duplicate rows were dropped (rows 4, 5)" in caplog.text
+    assert "1 items came twice (rows 4); the first was kept" in caplog.text
+
+
+def test_rows_that_are_not_of_the_named_encoding(tmp_path: Path) -> None:
+    log = write(tmp_path / "a.csv", "user_id,item_id,timestamp", "u,i,1", "u,é,2")
+    with pytest.raises(DataError, match=r"a\.csv, row 3: .*read as ascii"):
+        load(log, encoding="ascii")
+
+
+def outside(folder: Path, name: str) -> Path:
+    """Move a file of the folder elsewhere, and leave a link to it."""
+    other = folder.parent / "elsewhere"
+    other.mkdir(exist_ok=True)
+    file = (folder / name).rename(other / name)
+    (folder / name).symlink_to(file)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["ml.inter", "ml.item"])
+def test_recbole_links_that_leave_the_folder(atomic: Path, tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for file in atomic.glob("ml.*"):
+        file.rename(folder / file.name)
+    with pytest.raises(DataError, match=rf"{name} is a link to .*elsewhere.*outside"):
+        load(outside(folder, name), "recbole")
+
+
+@pytest.mark.parametrize("name", ["ratings.dat", "movies.dat"])
+def test_movielens_links_that_leave_the_folder(movielens: Path, name: str) -> None:
+    with pytest.raises(DataError, match=rf"{name} is a link to .*elsewhere.*outside"):
+        load(outside(movielens, name), "movielens-1m")
+
+
+def test_links_within_a_folder_and_named_ones_are_followed(atomic: Path, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (atomic / "ml.item").rename(tmp_path / "real" / "items")
+    (atomic / "ml.item").symlink_to(tmp_path / "real" / "items")
+    assert by_id(load(atomic))["1"][0] == "Toy Story"
+
+
 def test_blank_files_by_line(movielens: Path) -> None:
     write(movielens / "ratings.dat", "", "  ")
     with pytest.raises(DataError, match="holds no rows"):

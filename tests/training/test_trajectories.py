@@ -431,10 +431,11 @@ def test_people_see_what_is_masked(runs: list[Trajectory]) -> None:
 
 
 def test_a_run_cannot_drive_the_terminal(make_run: MakeRun) -> None:
-    run = make_run("\x1b]0;owned\x07\x1b[2J[bold]x[/bold]", id="\x1b[2J", on_limit="fail")
+    run = make_run("\x1b]0;owned\x07\x1b[2J[bold]x[/bold]\u202e", id="\x1b[2J", on_limit="fail")
     text = shown(*trajectory_lines(run), overview([run]))
     assert "\x1b" not in text
     assert "\x07" not in text
+    assert "\u202e" not in text
     assert "[bold]x[/bold]" in text
 
 

@@ -9,9 +9,11 @@ from statistics import fmean, pstdev
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ...configuration import write_text
 from ...errors import TRMError
+from ...terminal import visible
 from ..interactions import InteractionData, leave_one_out, statistics
 from ..text_encoder import TextEncoder, item_embeddings
 from .card import model_card
@@ -126,7 +128,7 @@ def evaluate_run(
 def print_table(results: RunResults, console: Console) -> None:
     """The table for people."""
     facts = ", ".join(f"{results.statistics[name]:,} {name}" for name in _FACTS[:3])
-    console.print(f"[bold]{results.dataset}[/bold]: {facts}")
+    console.print(Text.assemble((visible(results.dataset), "bold"), f": {facts}"))
     table = Table(*_HEAD)
     for line in results.lines:
         table.add_row(*line.cells())
