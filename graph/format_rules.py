@@ -60,7 +60,6 @@ _EVENTS = {
 _MARKER = re.compile("|".join(re.escape(marker) for marker in _EVENTS))
 # A refused preference has no list after it.
 _ORDER = re.compile(r"T(Pp(Ii)?)*tAa")
-_NUMBERED = re.compile(r"(\d{1,9})\.\s+\S.*")
 
 
 def check_format(
@@ -90,7 +89,7 @@ def check_format(
     answer, _, tail = after.rpartition(protocol.END_ANSWER)
     head, _, body = answer.partition(protocol.BEGIN_ANSWER)
     lines = [line.strip() for line in body.splitlines() if line.strip()]
-    numbers = [match[1] for line in lines if (match := _NUMBERED.fullmatch(line))]
+    numbers = [match[1] for line in lines if (match := protocol.NUMBERED.fullmatch(line))]
     found = [item for item in resolved if item is not None]
     broken: dict[Violation, bool] = {
         "markers": not _ORDER.fullmatch("".join(_EVENTS[m] for m in _MARKER.findall(text))),

@@ -154,7 +154,6 @@ def _stop(step: Step, reason: StopReason, detail: str = "") -> dict[str, Any]:
 async def _think_freely(step: Step, *, searches: int) -> StopReason | None:
     """Generate once. Returns why the thinking is over, None where a retrieval is asked for."""
     result = await step.generate(
-        max_tokens=step.limits.max_new_tokens,
         stop=(protocol.END_PREFERENCE, protocol.END_THINK),
         reserve=step.answer_reserve(),
     )
@@ -182,7 +181,7 @@ async def _think_guided(resources: Resources, step: Step, state: State) -> StopR
     step.write("forced", lead if turns else f"{protocol.BEGIN_THINK}\n{lead}")
     end = protocol.END_THINK if may_stop else protocol.BEGIN_ANSWER
     thought = await step.generate(
-        max_tokens=min(step.settings.thought_tokens, step.limits.max_new_tokens),
+        max_tokens=step.settings.thought_tokens,
         stop=("\n", protocol.BEGIN_PREFERENCE, protocol.BEGIN_ITEMS, end),
         reserve=reserve,
     )

@@ -219,7 +219,8 @@ def _without_open_marker(text: str) -> str:
     return before if opens else text
 
 
-_LINE = re.compile(r"(\d{1,9})\.\s+(\S.*)")  # of a line that is stripped: linear in its length
+NUMBERED = re.compile(r"(\d{1,9})\.\s+(\S.*)")
+"""A line of an answer, stripped (so that matching is linear in its length): number and entry."""
 _NUMBER = re.compile(r"#?(\d{1,9})")
 
 
@@ -232,7 +233,7 @@ def parse_answer(text: str) -> list[str] | None:
     if not begin:
         return None
     lines = rest.partition(END_ANSWER)[0].splitlines()
-    return [match[2] for line in lines if (match := _LINE.fullmatch(line.strip()))]
+    return [match[2] for line in lines if (match := NUMBERED.fullmatch(line.strip()))]
 
 
 def resolve_entries(

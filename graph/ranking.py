@@ -109,7 +109,7 @@ async def _write_answer(
     if guided:
         await _choose_lines(step, candidates, numbers)
         return
-    result = await step.generate(max_tokens=step.limits.max_new_tokens, stop=(protocol.END_ANSWER,))
+    result = await step.generate(stop=(protocol.END_ANSWER,))
     if result.finish == "stop" and step.trainable:
         # Whether the policy ends here is its own doing: a trained one writes end-of-sequence.
         with suppress(LimitReachedError):  # the list is complete and stands without it

@@ -76,13 +76,14 @@ class Step:
     async def generate(
         self,
         *,
-        max_tokens: int,
+        max_tokens: int | None = None,
         stop: tuple[str, ...] = (),
         constraint: Constraint | None = None,
         reserve: int = 0,
     ) -> Generation:
         """Let the policy go on and append exactly what it sampled.
 
+        Writing freely it also keeps to `max_new_tokens` of the limits.
         Raises LimitReachedError where no room or time is left, or the engine fails.
         """
         room = self.room(reserve=reserve)
@@ -90,9 +91,10 @@ class Step:
             raise LimitReachedError(
                 "trajectory_length", f"{len(self._ids)} tokens leave no room for another generation"
             )
+        bounds = (max_tokens, room, None if constraint else self.limits.max_new_tokens)
         request = GenerationRequest(
             prompt_ids=tuple(self._ids),
-            max_tokens=min(max_tokens, room),
+            max_tokens=min(bound for bound in bounds if bound is not None),
             temperature=self.settings.temperature,
             top_p=self.settings.top_p,
             seed=self._seed(),

@@ -75,19 +75,20 @@ class RefuseMalformed:
             self._open -= 1
 
     async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body, most = bytearray(), self._bounds.max_body_bytes
+        received, most = bytearray(), self._bounds.max_body_bytes
         async for chunk in Request(scope, receive).stream():
-            body += chunk
-            if len(body) > most:
+            received += chunk
+            if len(received) > most:
                 said = f"the request is longer than {most} bytes: start fewer runs by it"
                 await JSONResponse({"detail": said}, 413)(scope, receive, send)
                 return
+        body = bytes(received)
         try:
-            await asyncio.to_thread(_check, bytes(body), self._bounds.max_open_runs)
+            await asyncio.to_thread(_check, body, self._bounds.max_open_runs)
         except RequestError as error:
             await JSONResponse({"detail": str(error)}, 422)(scope, receive, send)
             return
-        unread = [bytes(body)]
+        unread = [body]
 
         async def again() -> Message:
             if unread:

@@ -20,9 +20,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from ..errors import DataError
 from .amazon_reviews import detect_amazon, load_amazon_2018, load_amazon_2023
+from .columns import Table, read_delimited, read_parquet
 from .data_files import (
     Rows,
-    Table,
     fail,
     inside,
     items_by_id,
@@ -30,8 +30,6 @@ from .data_files import (
     make_item,
     nothing_left,
     only,
-    read_delimited,
-    read_parquet,
 )
 from .interactions import MANIFEST, InteractionData, Item
 

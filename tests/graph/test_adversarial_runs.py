@@ -198,20 +198,24 @@ def check_shown(response: RecommendationResponse) -> None:
     response.model_dump_json().encode()
 
 
-def respond(state: dict[str, Any]) -> RecommendationResponse:
+def play(
+    arena: Arena, said: list[str | list[int]], settings: RunSettings
+) -> RecommendationResponse:
+    """Play a run, and check what holds for every run."""
+    state = arena.run(said, settings)
+    check_bounds(arena, state, settings)
+    check_authors(arena, state)
     fields = RecommendationResponse.model_fields
-    return RecommendationResponse.model_validate({name: state[name] for name in fields})
+    response = RecommendationResponse.model_validate({name: state[name] for name in fields})
+    check_shown(response)
+    return response
 
 
 @given(scripts, settings_of("serve"))
 def test_a_served_run_ends_in_bounds_with_k_items(
     arena: Arena, said: list[str | list[int]], settings: RunSettings
 ) -> None:
-    state = arena.run(said, settings)
-    check_bounds(arena, state, settings)
-    check_authors(arena, state)
-    response = respond(state)
-    check_shown(response)
+    response = play(arena, said, settings)
     ids = [line.id for line in response.recommendations]
     assert len(set(ids)) == len(ids) == settings.k
     assert set(ids) <= arena.ids - set(HISTORY)
@@ -225,11 +229,7 @@ def test_a_served_run_ends_in_bounds_with_k_items(
 def test_a_training_run_gives_its_own_list_or_a_reason(
     arena: Arena, said: list[str | list[int]], settings: RunSettings
 ) -> None:
-    state = arena.run(said, settings)
-    check_bounds(arena, state, settings)
-    check_authors(arena, state)
-    response = respond(state)
-    check_shown(response)
+    response = play(arena, said, settings)
     own = [item for item in dict.fromkeys(response.answer) if item is not None]
     if response.failure is None:
         assert response.stop_reason == "answered"

@@ -99,7 +99,8 @@ async def test_no_more_runs_are_waited_for_than_the_settings_allow(
     async with httpx.AsyncClient(transport=transport, base_url="http://door") as client:
         first = asyncio.create_task(client.post("/runs/wait", json={"input": None}))
         await began.wait()
-        reply = await client.post("/runs/wait", json={"input": None})
+        async with asyncio.timeout(10):  # admitted, it would wait for `end` for ever
+            reply = await client.post("/runs/wait", json={"input": None})
         assert reply.status_code == 429
         assert "1 runs are waited for already" in reply.json()["detail"]
         end.set()
