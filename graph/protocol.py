@@ -37,18 +37,18 @@ answers with a list between {BEGIN_ITEMS} and {END_ITEMS}; never write such a li
 The word {ANYTHING} alone searches by the history only. Search as often as it helps, each time \
 with another preference."""
 _ANSWER_TITLES = f"""\
-Then close {END_THINK} and write the {{k}} best of the listed titles, best first, each once:
+Then close {END_THINK} and write the best of the listed titles, best first, each once:
 {BEGIN_ANSWER}
 1. (title)
+2. (title)
 …
-{{k}}. (title)
 {END_ANSWER}"""
 _ANSWER_NUMBERS = f"""\
-Then close {END_THINK} and write the numbers of the {{k}} best listed items, best first, each once:
+Then close {END_THINK} and write the numbers of the best listed items, best first, each once:
 {BEGIN_ANSWER}
 1. #(number)
+2. #(number)
 …
-{{k}}. #(number)
 {END_ANSWER}"""
 PLACEHOLDERS = ("(title)", "#(number)")
 """What the prompt's example lines hold; copied into an answer they are a format failure."""
@@ -80,8 +80,9 @@ def build_messages(
     likes: Sequence[str] = (),
     dislikes: Sequence[str] = (),
 ) -> list[dict[str, str]]:
-    """Chat messages of a request: the task, the history oldest first, and the answer's form.
+    """Chat messages of a request: the task and its protocol, then the history oldest first.
 
+    What all requests of an answer form share comes first, so that an engine reads it once for all.
     `wishes` are sanitised one-line statements of what the user asked for; `likes` and `dislikes`
     of what they said in earlier runs.
     """
@@ -89,10 +90,10 @@ def build_messages(
     parts = [f"The user's history, oldest first:\n{seen}"]
     said = {"asks for": wishes, "said they like": likes, "said they dislike": dislikes}
     parts += [f"The user {verb}: {'; '.join(lines)}" for verb, lines in said.items() if lines]
+    parts.append(f"Recommend {k} items.")
     answer = _ANSWER_TITLES if answer_form == "titles" else _ANSWER_NUMBERS
-    parts += [_SEARCH, answer.format(k=k)]
     return [
-        {"role": "system", "content": _SYSTEM},
+        {"role": "system", "content": "\n\n".join([_SYSTEM, _SEARCH, answer])},
         {"role": "user", "content": "\n\n".join(parts)},
     ]
 

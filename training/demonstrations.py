@@ -52,24 +52,26 @@ _INTENTS = (
     "I start with anything that fits the history.",
     "Before I search for more, anything.",
 )
+# Whether to search again is one word: a choice that is spread over a sentence is hard to learn, by
+# imitation and by reward. K is said again where it is needed.
 _NEXT = (
-    "{found} fits. Now from another side: {wish}.",
-    "The list holds {found}. Next I try {wish}.",
-    "{found} came back. What about {wish}?",
-    "Another side of this user is {wish}.",
+    "Next from another side: {wish}. {found} fits.",
+    "Next: {found} came back, so what about {wish}?",
+    "Next I try {wish}, since the list holds {found}.",
+    "Next, another side of this user: {wish}.",
 )
 _REFUSED = (
-    "I had searched for that already. Another side: {wish}.",
-    "That brings nothing new; {wish} may.",
+    "Next another side, as I had searched for that already: {wish}.",
+    "Next {wish}, since that brings nothing new.",
 )
 _AGAIN = (
-    "Found more than once: {again}. They come first.",
-    "{again} came up in several searches, so they lead.",
-    "The searches agree on {again}.",
+    "Enough: {again} came up in several searches and lead the {k}.",
+    "Enough: the searches agree on {again}, which lead the {k}.",
+    "Enough: found more than once, {again} come first of the {k}.",
 )
 _ONCE = (
-    "The searches have little in common; the first list leads.",
-    "Each search found something else, so I keep the first list's order and add their best.",
+    "Enough: the searches have little in common, so the first list leads the {k}.",
+    "Enough: each search found something else; the {k} begin with the first list's best.",
 )
 
 
@@ -262,9 +264,9 @@ class Demonstrator:
         hits = Counter(item for _, found in searches for item in set(found))
         again = [item for item in answer if hits[item] > 1][:3]
         closing = (
-            str(rng.choice(_AGAIN)).format(again=", ".join(named(item) for item in again))
+            str(rng.choice(_AGAIN)).format(again=", ".join(map(named, again)), k=settings.k)
             if again
-            else str(rng.choice(_ONCE))
+            else str(rng.choice(_ONCE)).format(k=settings.k)
         )
         lines = "\n".join(f"{rank}. {named(item)}" for rank, item in enumerate(answer, 1))
         texts.append(f"{closing}\n{protocol.END_THINK}")

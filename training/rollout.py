@@ -22,6 +22,7 @@ from ..errors import TrajectoryError
 from ..graph.engine.base import LoopThread
 from ..graph.state import OUTAGES, StopReason
 from .policy import plain_weights
+from .progress import baselines, places
 from .rewards import STAGES, Rewarder, Stage
 from .selection import Example
 from .trajectories import RUN_KEYS, Rewards, Trajectory
@@ -91,6 +92,7 @@ class Rollouts:
             rewards vary most.
         seed: of sampling.
         shuffle_rewards: deal a step's rewards out at random: the control that must not learn.
+        by_progress: also give each token a baseline of its own (training/progress.py).
 
     """
 
@@ -108,6 +110,7 @@ class Rollouts:
         group_size: int,
         seed: int,
         shuffle_rewards: bool = False,
+        by_progress: bool = False,
     ) -> None:
         self._graph = graph
         self._load_weights = load_weights
@@ -122,6 +125,9 @@ class Rollouts:
         self._group_size = group_size
         self._seed = seed
         self._shuffle = shuffle_rewards
+        self._by_progress = by_progress
+        self.token_baselines: list[list[float]] | None = None
+        """Of the rows that were returned last, token by token; None where there are none."""
         self._loop = LoopThread("deeprec-rollouts")
         self._synced: int | None = None
         self._clock = Clock()
@@ -160,6 +166,10 @@ class Rollouts:
             first = nth * self._group_size
             group = totals[first : first + self._group_size]
             kept += [first + at for at in widest(group, rows_wanted)]
+        if self._by_progress:
+            reached = [places(run, self._tokenizer) for run in runs]
+            own = baselines(totals, self._group_size, reached)
+            self.token_baselines = [own[at] or [0.0] for at in kept]
         eos = int(self._tokenizer.eos_token_id)
         return rows([runs[at] for at in kept], eos) | {"total": [totals[at] for at in kept]}
 

@@ -15,7 +15,7 @@ import sys
 from argparse import RawTextHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from rich.console import Console
@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 
     from deeprec.graph.engine.transformers_engine import TransformersEngine
     from deeprec.graph.engine.vllm_inprocess import VLLMEngine
+    from deeprec.settings import EngineSettings
 
 _OURS = frozenset(
     {
@@ -104,6 +105,9 @@ class GRPORun(BaseModel):
     # Of a group, the runs that are trained on: those whose rewards vary most. None: all.
     kept_per_group: int | None = Field(None, ge=2)
     rows_per_pass: int = Field(4, ge=1)  # runs in one forward and backward pass
+    # What a token's reward is compared with. group: the mean of its prompt's runs, as the paper
+    # does. progress: also that of all runs of the step that had come as far (training/progress.py).
+    baseline: Literal["group", "progress"] = "group"
     run: RunSettings = RunSettings(
         answer_form="numbers", retrieve_n=10, history_length=10, temperature=1.0
     )
@@ -177,7 +181,7 @@ def run(config: GRPORun, console: Console) -> Path:
     selection = select_users(base, ground, config.selection)
     selection.save(config.output / "selection.json")
     with console.status("Loading the LLM"):
-        engine = local_engine(model, settings.engine, max_model_len=config.max_length)
+        engine = local_engine(model, _exact(settings.engine), max_model_len=config.max_length)
     try:
         for stage in left:
             console.rule(f"Stage {stage.stage}: {stage.steps} steps", align="left")
@@ -194,6 +198,14 @@ def run(config: GRPORun, console: Console) -> Path:
         engine.close()
         ground.retriever.close()
     return config.output / config.stages[-1].stage / "final"
+
+
+def _exact(engine: EngineSettings) -> EngineSettings:
+    """The engine in the trainer's arithmetic, which without a GPU is float32."""
+    import torch
+
+    same = engine.dtype != "auto" or torch.cuda.is_available()
+    return engine if same else engine.model_copy(update={"dtype": "float32"})
 
 
 def train_stage(
@@ -233,6 +245,7 @@ def train_stage(
         group_size=config.group_size,
         seed=config.seed,
         shuffle_rewards=config.shuffle_rewards,
+        by_progress=config.baseline == "progress",
     )
     trainer = Trainer(
         model=load_policy(engine.name, start, config.lora),
@@ -242,6 +255,7 @@ def train_stage(
         processing_class=tokenizer,
         rollout_func=rollouts,
         callbacks=[Sealer()],
+        token_baselines=lambda: rollouts.token_baselines,
     )
     checkpoint = newest_whole(folder)
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

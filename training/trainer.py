@@ -6,12 +6,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
 from trl import GRPOTrainer
 
 from .head import score_labelled_positions_only
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
 
 class Trainer(GRPOTrainer):  # type: ignore[misc]  # trl is not typed
@@ -19,11 +20,27 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]  # trl is not typed
 
     Both are of the tokens that the policy sampled, at temperature 1. A gap means that engine and
     trainer don't compute the same policy: stale weights, another precision, another template.
+
+    `token_baselines` gives, for the rows of the rollout before, what is taken off the advantage at
+    each completion token, or None where a run has one advantage.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        token_baselines: Callable[[], Sequence[Sequence[float]] | None],
+        **kwargs: Any,
+    ) -> None:
         score_labelled_positions_only()
+        self._token_baselines = token_baselines
         super().__init__(*args, **kwargs)
+
+    def _generate_and_score_completions(self, inputs: Any) -> Any:
+        batch = super()._generate_and_score_completions(inputs)
+        taken_off = self._token_baselines()
+        if taken_off is not None:
+            batch["advantages"] = by_token(batch["advantages"], batch["completion_ids"], taken_off)
+        return batch
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
         result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
@@ -46,6 +63,16 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]  # trl is not typed
                 metrics["engine_gap/mean"].append(float(gap.mean()))
                 metrics["engine_gap/max"].append(float(gap.max()))
         return loss
+
+
+def by_token(
+    advantages: torch.Tensor, completions: torch.Tensor, taken_off: Sequence[Sequence[float]]
+) -> torch.Tensor:
+    """Advantages [rows] less each token's baseline, as [rows, tokens]; padding is right of it."""
+    own = advantages.unsqueeze(1).repeat(1, completions.shape[1])
+    for row, values in zip(own, taken_off, strict=True):
+        row[: len(values)] -= torch.tensor(values, dtype=row.dtype, device=row.device)
+    return own
 
 
 def without_padding(inputs: Mapping[str, Any]) -> dict[str, Any]:

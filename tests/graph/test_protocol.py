@@ -87,9 +87,17 @@ def test_prompt_holds_the_history_in_order_and_k(form: protocol.AnswerForm) -> N
     messages = protocol.build_messages([ALIEN, ALIENS], k=7, answer_form=form, wishes=["only 1979"])
     text = messages[1]["content"]
     assert text.index("1. Alien\n") < text.index("2. Aliens\n")
-    assert "\n7. " in text
+    assert text.endswith("Recommend 7 items.")
     assert "only 1979" in text
     assert [message["role"] for message in messages] == ["system", "user"]
+
+
+@pytest.mark.parametrize("form", ["titles", "numbers"])
+def test_what_all_requests_share_comes_first(form: protocol.AnswerForm) -> None:
+    one = protocol.build_messages([ALIEN], k=7, answer_form=form, likes=["rain"])
+    other = protocol.build_messages([ALIENS, ALIEN], k=3, answer_form=form, wishes=["short"])
+    assert one[0] == other[0]
+    assert all(marker in one[0]["content"] for marker in ("<think>", "</recommendation_list>"))
 
 
 def test_reciprocal_rank_fusion_by_hand() -> None:

@@ -108,7 +108,7 @@ def test_a_prompt_has_the_markers_and_special_tokens_of_its_own(
             items, k=2, answer_form=form, wishes=words, likes=words, dislikes=words
         )
         ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        text = messages[1]["content"]
+        text = "".join(message["content"] for message in messages)
         return special(tokenizer, ids), [text.count(marker) for marker in policies.MARKERS]
 
     assert counted(SHOWN, clean) == counted((ListedItem("a", "Alien"),), ["comedy"])

@@ -114,7 +114,8 @@ def test_what_varies_is_what_the_prompt_says_and_the_run_does(
     for run in varied:
         k, shown = run.settings.k, run.pieces[0].text
         assert len(run.answer) == k
-        assert f"write the {k} best of the listed titles" in shown
+        assert f"Recommend {k} items." in shown
+        assert "write the best of the listed titles" in shown
         assert shown.count("\n  - ") == run.settings.history_length
         searches = [turn for turn in run.turns if turn.preference]
         assert {len(turn.retrieved) for turn in searches} == {run.settings.retrieve_n}
