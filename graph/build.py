@@ -14,6 +14,7 @@ from langgraph.types import Overwrite
 
 from . import nodes, people, ranking
 from .engine.base import Engine, LoopThread
+from .identity import check_user
 from .memory import Memory
 from .messages import request_message
 from .requests import defaulting_to, parse_request
@@ -79,6 +80,7 @@ def build_graph(
         values: Mapping[str, Any] = state
         given = {name: values[name] for name in _REQUEST_FIELDS if name in values}
         request = parse_request(**given)
+        check_user(runtime.server_info, request.user_id)
         people.check_can_ask(chosen)
         memory = Memory.of(runtime.store, request.user_id)
         update = nodes.read_request(resources, request, chosen, memory)
@@ -87,7 +89,9 @@ def build_graph(
         return {**update, "messages": Overwrite([asked])}
 
     def review_answer(state: State) -> dict[str, Any]:
-        return people.review_answer(resources, state, get_runtime().store)
+        runtime = get_runtime()
+        check_user(runtime.server_info, state["user"])
+        return people.review_answer(resources, state, runtime.store)
 
     def after_thinking(state: State) -> str:
         asks = state["next_node"] == "call_trm" and state["run"]["ask_before_search"]

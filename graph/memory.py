@@ -39,13 +39,17 @@ class Note(BaseModel):
     at: AwareDatetime = Field(default_factory=lambda: datetime.now(UTC))
 
 
+def namespace(user_id: str) -> tuple[str, ...]:
+    """Where a store keeps a user's notes, and nobody else's; its labels hold no periods."""
+    return ("deeprec", "memory", quote(user_id, safe="").replace(".", "%2E"))
+
+
 class Memory:
     """The notes of one user. Its calls block: use them in a thread where an event loop runs."""
 
     def __init__(self, store: BaseStore, user_id: str) -> None:
         self._store = store
-        # A store's labels hold no periods.
-        self._namespace = ("deeprec", "memory", quote(user_id, safe="").replace(".", "%2E"))
+        self._namespace = namespace(user_id)
 
     @classmethod
     def of(cls, store: BaseStore | None, user_id: str | None) -> Memory | None:

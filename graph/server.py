@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import re
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -27,6 +28,12 @@ if TYPE_CHECKING:
     from langgraph.checkpoint.base import BaseCheckpointSaver
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+# LangGraph's dev server answers these to anybody, whatever its authentication says: any thread as
+# it is kept, the loss of all threads, and a deployment of this folder to a cloud.
+_BACK_DOORS = re.compile(r"/(internal|deploy)(/.*)?", re.DOTALL)
+_REFUSED = re.compile(
+    r"<class 'deeprec\.errors\.(RequestError|AmbiguousTitleError)'>\(.*\)", re.DOTALL
+)
 _RUNS = re.compile(r"(/threads/[^/]+)?/runs(/stream|/wait|/batch)?")
 
 
@@ -37,10 +44,47 @@ async def checkpointer() -> AsyncIterator[BaseCheckpointSaver[Any]]:
         yield saver
 
 
+class Discreet(logging.Filter):
+    """Keeps what people said out of LangGraph's logs: the words of a refused request, which name
+    titles and users and are told to the client, and query strings, which name notes in a store.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Let every record pass, some of them shortened."""
+        said: object = record.msg  # structlog's: a dict of the event and all that belongs to it
+        if isinstance(said, dict):
+            event = str(said.get("event"))
+            if _REFUSED.search(event):
+                said["event"] = _REFUSED.sub(r"\1 (told to the client)", event)
+                said.pop("exception", None)
+            if said.get("query_string"):
+                said["query_string"] = "(not logged)"
+        return True
+
+
+_discreet = Discreet()
+
+
 @asynccontextmanager
 async def _lifespan(_: Starlette) -> AsyncIterator[None]:
+    for name in ("langgraph_api.worker", "langgraph_api.server"):
+        logging.getLogger(name).addFilter(_discreet)
     await asyncio.to_thread(agent.warm)
     yield
+
+
+class CloseBackDoors:
+    """Answers HTTP 404 where the dev server would show or delete any thread, or deploy itself."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on everything else as it came."""
+        if scope["type"] == "http" and _BACK_DOORS.fullmatch(scope["path"]):
+            await JSONResponse({"detail": "Not Found"}, 404)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
 
 
 class RefuseMalformed:
@@ -121,4 +165,6 @@ def _check(body: bytes, most: int) -> None:
         agent.check_filters(parse_request(**given).filters)
 
 
-app = Starlette(lifespan=_lifespan, middleware=[Middleware(RefuseMalformed)])
+app = Starlette(
+    lifespan=_lifespan, middleware=[Middleware(CloseBackDoors), Middleware(RefuseMalformed)]
+)

@@ -113,18 +113,23 @@ Serve = Callable[..., AbstractContextManager[str]]
 @pytest.fixture(scope="session")
 def serve(tmp_path_factory: pytest.TempPathFactory) -> Serve:
     """Run a server on a free port, given the command and the path that tells that it is up; its
-    address. "PORT" in the command is the port; `environment` is added to this process's.
+    address. "PORT" in the command is the port; `environment` is added to this process's. What it
+    says goes into the file `log`, if one is named.
     """
 
     @contextmanager
     def serving(
-        *command: str, alive: str, cwd: Path | None = None, **environment: str
+        *command: str,
+        alive: str,
+        cwd: Path | None = None,
+        log: Path | None = None,
+        **environment: str,
     ) -> Iterator[str]:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
         url = f"http://127.0.0.1:{port}"
-        log = tmp_path_factory.mktemp("server") / "log"
+        log = log or tmp_path_factory.mktemp("server") / "log"
         with log.open("wb") as sink:
             process = subprocess.Popen(
                 [sys.executable, "-m", *(port if word == "PORT" else word for word in command)],

@@ -84,6 +84,31 @@ async def test_what_is_too_long_too_deep_or_too_many_is_refused(
     assert "257 runs in one batch; at most 256" in reply.json()["detail"]
 
 
+@pytest.mark.parametrize(
+    ("path", "closed"),
+    [
+        ("/internal/truncate", True),
+        ("/internal/debug/thread/t", True),
+        ("/%69nternal/truncate", True),
+        ("/deploy", True),
+        ("/deploy/1/stream", True),
+        ("/threads/internal", False),
+        ("/deployed", False),
+        ("/runs", False),
+    ],
+)
+async def test_the_dev_servers_back_doors_are_closed(path: str, closed: bool) -> None:
+    transport = httpx.ASGITransport(app=server.CloseBackDoors(echo))
+    async with httpx.AsyncClient(transport=transport, base_url="http://door") as client:
+        for method in ("GET", "POST"):
+            assert (await client.request(method, path)).status_code == (404 if closed else 200)
+
+
+def test_the_servers_app_has_both_doors() -> None:
+    doors = {middleware.cls for middleware in server.app.user_middleware}
+    assert doors >= {server.CloseBackDoors, server.RefuseMalformed}
+
+
 async def test_no_more_runs_are_waited_for_than_the_settings_allow(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
