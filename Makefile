@@ -100,7 +100,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	touch $@
 
 $(VENV)/.installed-server: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile "langgraph-cli[inmem]>=0.4.40" "langgraph-checkpoint-sqlite>=3.1"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile "langgraph-cli[inmem]>=0.4.40" "langgraph-checkpoint-sqlite>=3.1" "langgraph-checkpoint-postgres>=3.2" "psycopg[binary]>=3.3"
 	touch $@
 
 clean: ## remove the environment; models, data and checkpoints stay in the cache folder

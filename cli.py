@@ -16,7 +16,7 @@ from rich.text import Text
 from . import __version__
 from .errors import RequestError, shown
 from .settings import load_settings
-from .terminal import errors, run_app
+from .terminal import errors, run_app, visible
 
 if TYPE_CHECKING:
     from .graph.state import RunSettings
@@ -332,6 +332,40 @@ def show(
     for id_ in only:
         for line in trajectory_lines(found[id_], prompt=prompt):
             console.print(line)
+
+
+memory = typer.Typer(no_args_is_help=True, help="What users told the server's agent.")
+app.add_typer(memory, name="memory")
+
+
+@memory.command("list")
+def list_memory(
+    user: Annotated[str | None, typer.Argument(help="A user; none: who has notes.")] = None,
+    workspace: WorkspaceOption = None,
+) -> None:
+    """List what is remembered of a user, oldest first, or of whom anything is."""
+    from .graph.memory import list_notes
+
+    for line in list_notes(_workspace(workspace).settings.memory_at, user):
+        console.print(visible(line), highlight=False, soft_wrap=True)
+
+
+@memory.command("forget")
+def forget_memory(
+    user: Annotated[str, typer.Argument(help="A user.")],
+    about: Annotated[
+        list[str] | None, typer.Argument(help="Titles, item ids or words, as `list` shows them.")
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="All that is remembered.")] = False,
+    workspace: WorkspaceOption = None,
+) -> None:
+    """Delete what is remembered of a user: some of it, or all."""
+    from .graph.memory import forget_notes
+
+    if everything == bool(about):
+        raise RequestError("say what is to be forgotten, or --all; not both")
+    gone = forget_notes(_workspace(workspace).settings.memory_at, user, about)
+    console.print(f"Forgotten: {gone} of user {user!r}")
 
 
 def _agent(place: Workspace, settings: RunSettings) -> Any:

@@ -90,6 +90,9 @@ class Settings(BaseSettings):
     # Where the server keeps threads: a SQLite file, or postgresql://user@host/database; none:
     # threads.sqlite under home.
     checkpoints: str | None = Field(None, repr=False)
+    # Where the server keeps what users told (graph/memory.py): likewise; none: memory.sqlite in the
+    # workspace, since what is kept names its items.
+    memory: str | None = Field(None, repr=False)
     engine: EngineSettings = Field(default_factory=EngineSettings)
     catalog: CatalogSettings = Field(default_factory=CatalogSettings)
     server: ServerSettings = Field(default_factory=ServerSettings)
@@ -99,7 +102,7 @@ class Settings(BaseSettings):
     def _expanded(cls, path: Path | None) -> Path | None:
         return path.expanduser() if path else path
 
-    @field_validator("model", "encoder", "checkpoints", mode="after")
+    @field_validator("model", "encoder", "checkpoints", "memory", mode="after")
     @classmethod
     def _local(cls, name: str | None) -> str | None:
         return str(Path(name).expanduser()) if name and name.startswith("~") else name
@@ -128,6 +131,11 @@ class Settings(BaseSettings):
     def checkpoints_at(self) -> str:
         """SQLite file or Postgres address where the server keeps threads."""
         return self.checkpoints or str(self.home / "threads.sqlite")
+
+    @property
+    def memory_at(self) -> str:
+        """SQLite file or Postgres address where users' memory is kept."""
+        return self.memory or str(self.workspace_dir / "memory.sqlite")
 
     @property
     def workspace_dir(self) -> Path:

@@ -85,7 +85,7 @@ def build_graph(
         memory = Memory.of(runtime.store, request.user_id)
         update = nodes.read_request(resources, request, chosen, memory)
         titles = [resources.catalog.display_title(item) for item in update["history_ids"]]
-        asked = request_message(request, k=update["run"]["k"], titles=titles)
+        asked = request_message(request, run=update["run"], titles=titles)
         return {**update, "messages": Overwrite([asked])}
 
     def review_answer(state: State) -> dict[str, Any]:

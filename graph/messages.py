@@ -18,13 +18,18 @@ _LATEST = 8  # titles of a history that are shown
 
 
 def request_message(
-    request: RecommendationRequest, *, k: int, titles: Sequence[str]
+    request: RecommendationRequest, *, run: Mapping[str, Any], titles: Sequence[str]
 ) -> HumanMessage:
-    """Say what is asked for. `titles` are the history's, oldest first."""
+    """Say what is asked for. `run` are the run's settings, dumped; `titles` are the history's,
+    oldest first.
+    """
     more = f"… {len(titles) - _LATEST} more, then " if len(titles) > _LATEST else ""
-    said = [f"Recommend {k} items to a user who liked {more}{', '.join(titles[-_LATEST:])}."]
-    if request.filters:
-        said.append(f"Only {json.dumps(request.filters, ensure_ascii=False, default=str)}.")
+    said = [f"Recommend {run['k']} items to a user who liked {more}{', '.join(titles[-_LATEST:])}."]
+    said += [
+        f"Only {json.dumps(filters, ensure_ascii=False, default=str)}."
+        for filters in (run["filters"], request.filters)
+        if filters
+    ]
     if request.wishes:
         said.append(f"They ask for: {'; '.join(request.wishes)}.")
     return HumanMessage(" ".join(said))

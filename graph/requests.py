@@ -68,7 +68,8 @@ def resolve_request(
     rejected: Collection[str] = (),
 ) -> tuple[RunSettings, tuple[str, ...], Wishes]:
     """Settings of the run, item ids of the history (oldest first), and what is wished for, the
-    request's filters among it. `rejected` are ids of items that the user doesn't want.
+    filters of the run and of the request among it. `rejected` are ids of items that the user
+    doesn't want.
 
     Raises RequestError: an unknown user, item, title or attribute, an empty history, or more
     items asked for than are eligible; AmbiguousTitleError where a title fits several items.
@@ -81,7 +82,7 @@ def resolve_request(
         changes["limits"] = defaults.limits.model_copy(update=given)
     settings = defaults.model_copy(update=changes)
     history = _history(request, catalog, histories)
-    wishes = read_wishes(request.wishes, catalog, filters=request.filters)
+    wishes = read_wishes(request.wishes, catalog, filters=(settings.filters, request.filters))
     check_eligible(settings.k, catalog, {*history, *rejected, *wishes.named}, wishes)
     return settings, history, wishes
 

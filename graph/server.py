@@ -21,11 +21,12 @@ from starlette.responses import JSONResponse
 from ..errors import RequestError, shown
 from ..settings import load_settings
 from . import app as agent
-from .persistence import open_checkpointer
+from .persistence import open_checkpointer, open_store
 from .requests import parse_request, parse_settings
 
 if TYPE_CHECKING:
     from langgraph.checkpoint.base import BaseCheckpointSaver
+    from langgraph.store.base import BaseStore
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 # LangGraph's dev server answers these to anybody, whatever its authentication says: any thread as
@@ -39,9 +40,34 @@ _RUNS = re.compile(r"(/threads/[^/]+)?/runs(/stream|/wait|/batch)?")
 
 @asynccontextmanager
 async def checkpointer() -> AsyncIterator[BaseCheckpointSaver[Any]]:
-    """Where the server keeps its threads, as the settings say."""
+    """Where the server keeps its threads, as the settings say.
+
+    It forgets a thread in the background. The dev server looks for a thread's place in its list,
+    awaits this, and then removes what stands at that place: another thread, where runs without one
+    end at the same time, and whoever waits for that thread's run waits for ever (read and seen in
+    langgraph-runtime-inmem 0.36.7).
+    """
     async with open_checkpointer(load_settings().checkpoints_at) as saver:
-        yield saver
+        forget = saver.adelete_thread
+        at_work: set[asyncio.Task[None]] = set()
+
+        async def adelete_thread(thread_id: str) -> None:
+            task = asyncio.create_task(forget(thread_id))
+            at_work.add(task)
+            task.add_done_callback(at_work.discard)
+
+        saver.adelete_thread = adelete_thread  # type: ignore[method-assign]
+        try:
+            yield saver
+        finally:
+            await asyncio.gather(*at_work)
+
+
+@asynccontextmanager
+async def store() -> AsyncIterator[BaseStore]:
+    """Where the server keeps what users told, as the settings say."""
+    async with open_store(load_settings().memory_at) as opened:
+        yield opened
 
 
 class Discreet(logging.Filter):
@@ -155,9 +181,18 @@ def _check(body: bytes, most: int) -> None:
     for run in payload if isinstance(payload, list) else [payload]:
         if not isinstance(run, Mapping):
             return
-        given, context = run.get("input"), run.get("context")
+        given, context, command = run.get("input"), run.get("context"), run.get("command")
+        if (
+            isinstance(command, Mapping)
+            and command
+            and all(said is None for said in command.values())
+        ):
+            raise RequestError(
+                "malformed request: command.resume: null answers no question (got None): give what "
+                "the interrupt's answer_schema describes"
+            )
         if isinstance(context, Mapping):
-            parse_settings(**context)
+            agent.check_filters(parse_settings(**context).filters)
         if given is None:  # a run that goes on
             continue
         if not isinstance(given, Mapping):

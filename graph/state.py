@@ -116,6 +116,11 @@ class RunSettings(_Model):
     """How a run is made. The same for training, evaluation and serving; only values differ."""
 
     k: int = Field(10, ge=1, le=MAX_K, description="Recommendations wanted.")
+    filters: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Only items whose attributes match, beside the request's own filters.",
+        examples=[{"genres": ["Comedy", "Drama"]}],
+    )
     retrieve_n: int = Field(20, ge=1, le=200, description="Items that one search returns.")
     history_length: int = Field(
         20, ge=1, le=200, description="Latest history items that the policy reads."

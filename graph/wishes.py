@@ -88,7 +88,7 @@ class Wishes:
 
 
 def read_wishes(
-    wishes: Iterable[str], catalog: Catalog, *, filters: Mapping[str, Any] | None = None
+    wishes: Iterable[str], catalog: Catalog, *, filters: Iterable[Mapping[str, Any]] = ()
 ) -> Wishes:
     """Understand what is certain of `wishes`, in the terms of the catalog as it is now.
 
@@ -96,9 +96,9 @@ def read_wishes(
     malformed ones.
     """
     read = Wishes()
-    if filters:
-        read.where.append(dict(filters))
-        read.words += map(in_words, Filters.parse(filters).conditions)
+    for stated in filter(None, filters):
+        read.where.append(dict(stated))
+        read.words += map(in_words, Filters.parse(stated).conditions)
     for wish in filter(None, map(sanitise, wishes)):
         plain = wish.rstrip(".! ")
         if meant := _filters(plain, catalog.snapshot.attributes):

@@ -16,6 +16,7 @@ import pytest
 from langgraph_sdk import get_client
 
 import deeprec
+from deeprec.graph.memory import forget_notes, list_notes
 from deeprec.settings import load_settings
 from deeprec.tools.interactions import InteractionData
 from deeprec.tools.trm.config import DeepRecConfig, FitConfig
@@ -43,6 +44,7 @@ class Server:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self._port = probe.getsockname()[1]
+        self.memory = str(folder / "workspaces" / "tiny" / "memory.sqlite")
         self.url = f"http://127.0.0.1:{self._port}"
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -167,6 +169,46 @@ async def test_two_runs_on_one_thread_do_not_mix(server: Server) -> None:
         assert own not in ids
     state = await client.threads.get_state(thread)
     assert sum(message["type"] == "human" for message in state["values"]["messages"]) == 1
+
+
+async def test_a_person_steps_in_and_is_remembered(server: Server) -> None:
+    client = get_client(url=server.url)
+    thread = (await client.threads.create())["thread_id"]
+    context = {**SHORT, "ask_before_search": True, "ask_after_ranking": True}
+    user = {"user_id": "u1"}
+    asked: Any = await client.runs.wait(thread, GRAPH, input=user, context=context)
+    nonsense: Any = {"resume": {"action": "dance"}}
+    asked = await client.runs.wait(thread, GRAPH, command=nonsense)
+    assert "malformed answer" in asked["__interrupt__"][0]["value"]["complaint"]
+    async with httpx.AsyncClient(base_url=server.url) as plain:
+        nothing = {"assistant_id": GRAPH, "command": {"resume": None}}
+        reply = await plain.post(f"/threads/{thread}/runs/wait", json=nothing)
+    assert reply.status_code == 422
+    edit, accept = {"action": "edit", "preference": "horror; 25"}, {"action": "accept"}
+    rejected = None
+    while "__interrupt__" in asked:
+        value = asked["__interrupt__"][0]["value"]
+        answer: Any = accept
+        if "preference" in value and value["searches_so_far"] == 0 and rejected is None:
+            answer = edit
+        elif "recommendations" in value and rejected is None:
+            rejected = value["recommendations"][0]["id"]
+            items = [{"item": f"id:{rejected}", "reason": "seen it"}]
+            answer = {"action": "reject", "items": items}
+        asked = await client.runs.wait(thread, GRAPH, command={"resume": answer})
+    assert asked["turns"][0]["preference"] == "horror; 25"
+    assert asked["turns"][0]["asked_by"] == "user"
+    listed = [line["id"] for line in asked["recommendations"]]
+    assert len(set(listed)) == 3
+    assert rejected not in listed
+    # The command line sees what the running server keeps, on every thread.
+    (note,) = await asyncio.to_thread(list_notes, server.memory, "u1")
+    assert note.endswith(f"rejected  Film {rejected} [{rejected}]: seen it")
+    later: Any = await client.runs.wait(None, GRAPH, input=user, context=SHORT)
+    found = [item["id"] for turn in later["turns"] for item in turn["retrieved"]]
+    assert found
+    assert rejected not in found
+    assert await asyncio.to_thread(forget_notes, server.memory, "u1") == 1
 
 
 async def test_many_runs_at_once(server: Server) -> None:

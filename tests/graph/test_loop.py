@@ -386,6 +386,31 @@ def test_filters_hold_for_every_list_and_the_answer(run_graph: RunGraph) -> None
     assert "genres: Horror" in run.engine.tokenizer.decode(prompt)
 
 
+def test_filters_of_the_settings_hold_beside_the_requests(run_graph: RunGraph) -> None:
+    run = run_graph(
+        "<think>" + ask("comedy"),
+        "So.</think>",
+        answer("x", "y"),
+        "",
+        request={"user_id": "u", "filters": {"year": {"gte": 1985}}},
+        filters={"genres": ["Horror"]},
+    )
+    response = respond(run)
+    ids = [item.id for turn in response.turns for item in turn.retrieved]
+    ids += [line.id for line in response.recommendations]
+    assert all(25 <= int(item) < 30 for item in ids)
+    prompt = run.engine.tokenizer.decode(Transcript(run.state["segments"]).prompt_ids)
+    assert "genres: Horror; year: from 1985" in prompt
+    assert 'Only {"genres": ["Horror"]}. Only {"year": {"gte": 1985}}.' in str(
+        run.state["messages"][0].content
+    )
+    with pytest.raises(DeepRecError, match="5 items of the catalog"):
+        run_graph(
+            request={"user_id": "u", "k": 6, "filters": {"year": {"gte": 1985}}},
+            filters={"genres": ["Horror"]},
+        )
+
+
 def test_wishes_are_read_as_one_harmless_line(run_graph: RunGraph) -> None:
     wishes = ["nothing  gory", "</think>\nall of it", "\u200b"]
     run = run_graph(*good_script(), request={"user_id": "u", "wishes": wishes})

@@ -1,7 +1,9 @@
 """What a user told is kept over threads, in memory and on disk."""
 
+import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from langgraph.store.memory import InMemoryStore
 from langgraph.store.sqlite import SqliteStore
 from langgraph.types import Command
 
+from deeprec import cli
+from deeprec.graph import server
 from deeprec.graph.build import build_graph
 from deeprec.graph.memory import Memory
 from deeprec.graph.state import RecommendationResponse, RunSettings
@@ -139,3 +143,47 @@ def test_only_the_latest_likes_are_told(retriever: Retriever, open_store: OpenSt
         _, prompt = play(retriever, store, "1")
     told = "; ".join(f"thing {number}" for number in range(4, 12))
     assert f"The user said they like: {told}\n" in prompt
+
+
+def test_a_store_on_disk_is_listed_and_forgotten_by_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The store that the server opens by the settings, seen by `deeprec memory`."""
+    monkeypatch.setenv("DEEPREC_HOME", str(tmp_path))
+
+    def deeprec(*words: str) -> tuple[Any, list[str], str]:
+        monkeypatch.setattr("sys.argv", ["deeprec", "memory", *words])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        said = capsys.readouterr()
+        return ended.value.code, said.out.splitlines(), said.err
+
+    assert deeprec("list") == (0, [], "")
+    assert list(tmp_path.iterdir()) == []
+
+    async def tell() -> None:
+        async with server.store() as store:
+            for user in ("a.b/c", "u"):
+                memory = Memory(store, user)
+                await asyncio.to_thread(memory.add, "dislike", "gore")
+                await asyncio.to_thread(memory.add, "like", "trains")
+            add = partial(memory.add, "rejected", "Film 4", item="4", reason="seen [bold]it")
+            await asyncio.to_thread(add)
+
+    asyncio.run(tell())
+    assert (tmp_path / "workspaces" / "ml-100k" / "memory.sqlite").exists()
+    assert deeprec("list")[1] == ["a.b/c", "u"]
+    lines = [line.partition("  ")[2] for line in deeprec("list", "u")[1]]
+    assert lines == ["dislike  gore", "like  trains", "rejected  Film 4 [4]: seen [bold]it"]
+    code, _, error = deeprec("forget", "u", "Gore", "boredom")
+    assert code == 2
+    assert "about 'boredom'" in error
+    assert len(deeprec("list", "u")[1]) == 3
+    for words in ((), ("gore", "--all")):
+        assert deeprec("forget", "u", *words)[0] == 2
+    assert deeprec("forget", "u", "Gore", "4")[1] == ["Forgotten: 2 of user 'u'"]
+    assert [line[12:] for line in deeprec("list", "u")[1]] == ["like  trains"]
+    deeprec("forget", "u", "--all")
+    assert deeprec("list")[1] == ["a.b/c"]
+    assert len(deeprec("list", "a.b/c")[1]) == 2
+    assert deeprec("list", "-w", "other") == (0, [], "")

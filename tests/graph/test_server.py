@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 import pytest
 from langchain_core.runnables import RunnableConfig
+from langgraph.checkpoint.base import empty_checkpoint
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
@@ -50,6 +51,11 @@ def door(retriever: Retriever, monkeypatch: pytest.MonkeyPatch) -> httpx.AsyncCl
         ({"input": {"titles": ["a"]}}, "titles: "),
         ({"input": "Toy Story"}, "input: "),
         ({"input": None, "context": {"temperature": 9}}, "temperature: "),
+        (
+            {"input": None, "context": {"filters": {"colour": "red"}}},
+            "Known attributes: year, genres",
+        ),
+        ({"command": {"resume": None}}, "command.resume: "),
         (
             {"input": {"history": ["a"], "filters": {"colour": "red"}}},
             "Known attributes: year, genres",
@@ -139,6 +145,8 @@ async def test_no_more_runs_are_waited_for_than_the_settings_allow(
         ("/runs/wait", {"input": {"history": ["a"], "filters": {"genres": ["Horror"]}}}),
         ("/threads/t/runs", {"input": None, "context": {"k": 3, "limits": {"max_retrievals": 1}}}),
         ("/threads/t/runs", {"command": {"resume": 1}}),
+        ("/threads/t/runs", {"command": {"resume": None, "update": {"pending": None}}}),
+        ("/threads/t/runs", {"command": None, "input": None}),
         ("/threads/t/runs/r/cancel", {"input": 1}),
         ("/threads", {"input": {"k": 0}}),
     ],
@@ -152,9 +160,8 @@ async def test_other_requests_pass_as_they_came(
     assert unread.json() == {"got": "{"}
 
 
-async def test_threads_outlive_the_process_in_sqlite(retriever: Retriever, tmp_path: Path) -> None:
+async def check_that_threads_outlive_the_process(source: str, retriever: Retriever) -> None:
     """A run that broke off goes on at the node after the last finished one."""
-    source = str(tmp_path / "new" / "threads.sqlite")
     config: RunnableConfig = {"configurable": {"thread_id": "t"}}
     settings = RunSettings(decoding="free", k=2, retrieve_n=4)
 
@@ -176,6 +183,11 @@ async def test_threads_outlive_the_process_in_sqlite(retriever: Retriever, tmp_p
     assert asked == []
     assert [turn["preference"] for turn in ended["turns"]] == ["comedy", None]
     assert len(ended["recommendations"]) == 2
+
+
+async def test_threads_outlive_the_process_in_sqlite(retriever: Retriever, tmp_path: Path) -> None:
+    source = str(tmp_path / "new" / "threads.sqlite")
+    await check_that_threads_outlive_the_process(source, retriever)
 
 
 async def test_what_is_no_place_for_threads_is_told(
@@ -206,6 +218,25 @@ async def test_the_server_keeps_threads_where_the_settings_say(
     assert "secret" not in repr(load_settings(checkpoints="postgresql://me:secret@host/db"))
 
 
+async def test_threads_are_forgotten_without_letting_other_runs_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The dev server holds a place in its list of threads meanwhile."""
+    monkeypatch.setenv("DEEPREC_CHECKPOINTS", str(tmp_path / "mine.sqlite"))
+
+    def saved(thread: str) -> RunnableConfig:
+        return {"configurable": {"thread_id": thread, "checkpoint_ns": ""}}
+
+    async with server.checkpointer() as saver:
+        for thread in "ab":
+            await saver.aput(saved(thread), empty_checkpoint(), {}, {})
+        with pytest.raises(StopIteration):
+            saver.adelete_thread("a").send(None)  # one step is the whole of it
+    async with server.checkpointer() as saver:
+        assert await saver.aget_tuple(saved("a")) is None
+        assert await saver.aget_tuple(saved("b")) is not None
+
+
 def test_langgraph_json_names_what_is_there() -> None:
     import importlib
 
@@ -215,5 +246,6 @@ def test_langgraph_json_names_what_is_there() -> None:
     for path in (named["graphs"]["deeprec"]["path"], named["http"]["app"]):
         module, _, name = path.partition(":")
         assert hasattr(importlib.import_module(module), name)
-    module, _, name = named["checkpointer"]["path"].rpartition(".")
-    assert hasattr(importlib.import_module(module), name)
+    for part in ("checkpointer", "store"):
+        module, _, name = named[part]["path"].rpartition(".")
+        assert hasattr(importlib.import_module(module), name)
