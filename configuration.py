@@ -22,6 +22,7 @@ from .errors import SettingsError
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
 _KEPT = "config.json"
+_ORIGIN = "made_of.json"
 
 
 def load_config(path: Path, model: type[ConfigT], **changes: object) -> ConfigT:
@@ -70,6 +71,26 @@ def keep_config(config: BaseModel, folder: Path, *, free: frozenset[str] = froze
                 f"{', '.join(changed)}. Give another output, or the configuration it had."
             )
     write_json(path, wanted)
+
+
+def keep_origin(parts: Mapping[str, str], folder: Path) -> None:
+    """Write fingerprints of what a run is made of into its folder, or compare them with those that
+    are there. Raises SettingsError that names the part that is another.
+    """
+    path = Path(folder) / _ORIGIN
+    kept: dict[str, str] = {}
+    if path.exists():
+        try:
+            kept = dict(json.loads(path.read_text("utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise SettingsError(f"can't read {path}: {error}. Give another output.") from error
+    for part, found in parts.items():
+        if kept.get(part, found) != found:
+            raise SettingsError(
+                f"{folder} holds a run over another {part} (fingerprint {kept[part]}, this one has "
+                f"{found}). Give another output, or the {part} that it was made with."
+            )
+    write_json(path, {**kept, **parts})
 
 
 def write_json(path: Path, content: object) -> None:

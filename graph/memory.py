@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
 from urllib.parse import quote, unquote
@@ -28,6 +28,8 @@ _T = TypeVar("_T")
 _ROOT = ("deeprec", "memory")
 _PAGE = 100
 _MAX_CHARS = 200
+_TICK = timedelta(microseconds=1)
+_NEVER = datetime.min.replace(tzinfo=UTC)
 
 
 class Note(BaseModel):
@@ -62,6 +64,7 @@ class Memory:
     def __init__(self, store: BaseStore, user_id: str) -> None:
         self._store = store
         self._namespace = namespace(user_id)
+        self._newest: datetime | None = None
 
     @classmethod
     def of(cls, store: BaseStore | None, user_id: str | None) -> Memory | None:
@@ -80,6 +83,11 @@ class Memory:
             return None
         kept = sanitise(reason, limit=_MAX_CHARS) or None
         note = Note(kind=kind, about=about, item=item, reason=kept)
+        if self._newest is None:
+            self._newest = max((earlier.at for earlier in self.notes()), default=_NEVER)
+        if note.at <= self._newest:  # the clock went back, and notes are read in their order
+            note = note.model_copy(update={"at": self._newest + _TICK})
+        self._newest = note.at
         self._store.put(self._namespace, _key(note), note.model_dump(mode="json"), index=False)
         return note
 

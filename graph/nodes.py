@@ -16,7 +16,7 @@ from typing import Any
 
 from langgraph.types import Overwrite
 
-from ..errors import CatalogError, RequestError
+from ..errors import CatalogError, EncoderError, RequestError
 from ..tools.filters import Filters
 from ..tools.retriever import RetrievalRequest
 from ..tools.titles import sanitise
@@ -250,7 +250,7 @@ async def call_trm(resources: Resources, state: State) -> dict[str, Any]:
                 found = await retrieve(resources, state, wish, step.settings.retrieve_n)
         except (TimeoutError, LimitReachedError):
             return _stop(step, "time_budget", "the time budget ran out in a retrieval")
-        except CatalogError as error:
+        except (CatalogError, EncoderError) as error:
             return _stop(step, "retrieval_failure", str(error))
     numbers = numbering([*turns, {"retrieved": [item.model_dump() for item in found]}])
     text = (

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from ..errors import CatalogError
+from ..errors import CatalogError, EncoderError
 from . import protocol
 from .engine.base import Constraint
 from .explanations import explanations
@@ -160,7 +160,7 @@ async def _lines(
         for item_id in eligible(resources, state, fused):
             lines.setdefault(item_id, "fused")
         if len(lines) < k:
-            with suppress(CatalogError):  # a shorter list is better than none
+            with suppress(CatalogError, EncoderError):  # a shorter list is better than none
                 for item in await retrieve(resources, state, None, k + len(lines)):
                     lines.setdefault(item.id, "trm")
     return list(lines.items())[:k]

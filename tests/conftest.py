@@ -107,6 +107,48 @@ def real_engine() -> Iterator[VLLMEngine]:
     engine.close()
 
 
+class Disk:
+    """A file system of its own that a test can fill to the last byte."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._filler = folder / ".filler"
+
+    def fill(self, *, leave: int = 0) -> None:
+        """Take all that is free but `leave` bytes."""
+        self._filler.touch()
+        free = os.statvfs(self.folder).f_bavail * os.statvfs(self.folder).f_frsize
+        with self._filler.open("ab", buffering=0) as file:
+            file.write(bytes(max(0, free - leave)))
+
+    def free(self) -> None:
+        """Give back what `fill` took."""
+        self._filler.unlink()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Disk]]:
+    """Make a disk of so many MiB: a tmpfs, so that the kernel itself says ENOSPC."""
+    folder = tmp_path / "disk"
+    mounted = False
+
+    def make(mebibytes: int) -> Disk:
+        nonlocal mounted
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m", "tmpfs", str(folder)]
+        try:
+            mounted = subprocess.run(command, capture_output=True, check=False).returncode == 0
+        except OSError:
+            mounted = False
+        if not mounted:
+            pytest.skip("a small disk can't be mounted here: that takes root on Linux")
+        return Disk(folder)
+
+    yield make
+    if mounted:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
 Serve = Callable[..., AbstractContextManager[str]]
 
 

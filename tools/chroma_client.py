@@ -19,6 +19,7 @@ from ..errors import CatalogError
 
 DATABASE = "chroma.sqlite3"
 REBUILD = "Build it again with `deeprec index`"
+_FULL = ("disk is full", "No space left", "disk I/O error")  # in SQLite's words and the system's
 # Chroma waits for a locked database about a minute and stops the whole process meanwhile, so
 # the lock is tried first. In a process of its own: closing a second handle here would drop the
 # locks that Chroma holds.
@@ -141,7 +142,9 @@ def explained(settings: CatalogSettings) -> Iterator[None]:
     try:
         yield
     except (ChromaError, httpx.HTTPError, OSError, ValueError) as error:
-        if settings.folder is None:
+        if any(sign in str(error) for sign in _FULL):
+            remedy = "Free disk space and try again"
+        elif settings.folder is None:
             remedy = "Start it with `chroma run`, or check host and port"
         else:
             remedy = REBUILD

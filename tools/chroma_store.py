@@ -47,6 +47,8 @@ _DOCUMENT_CHARS = 10_000
 _PROBES, _PROBE_HITS = 8, 10
 _ROUNDING = 1e-5  # of squared lengths, by which float32 may blur the order of products
 _HEADROOM = 1.25  # radius over the longest vector: items added later may be longer
+_INDEX_NAME = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_INDEX_FILES = (".bin", ".pickle")  # of numbers; the pickle is Chroma's list of ids
 _T = TypeVar("_T")
 _P = ParamSpec("_P")
 Progress = Callable[[int, int], None]  # (done, total)
@@ -143,7 +145,8 @@ class ChromaStore:
         retired = beside.with_suffix(".old")
         try:
             beside.mkdir(parents=True)
-            client = embedded(beside)
+            with explained(settings):
+                client = embedded(beside)
             try:
                 cls._fill(settings, client, rows, fingerprint, progress)
             finally:
@@ -356,7 +359,19 @@ def _real(folder: Path) -> str:
 
 
 def _replaceable(folder: Path) -> bool:
-    return folder.is_dir() and ((folder / DATABASE).is_file() or not any(folder.iterdir()))
+    """Whether a catalog may take this place: of one, of what is left of one, or of nothing."""
+    if not folder.is_dir():
+        return False
+    return (folder / DATABASE).is_file() or all(map(_is_index, folder.iterdir()))
+
+
+def _is_index(path: Path) -> bool:
+    """Whether a path is a folder in which Chroma keeps an index."""
+    return (
+        path.is_dir()
+        and _INDEX_NAME.fullmatch(path.name) is not None
+        and all(file.suffix in _INDEX_FILES for file in path.iterdir())
+    )
 
 
 def _digest(vector: NDArray[np.float32]) -> str:

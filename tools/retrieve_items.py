@@ -6,7 +6,7 @@ from typing import Annotated
 from langchain_core.tools import StructuredTool, ToolException
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from ..errors import CatalogError, RequestError
+from ..errors import CatalogError, EncoderError, RequestError
 from .catalog import Catalog
 from .filters import Filters
 from .retriever import RetrievalRequest, Retriever, ScoredItem
@@ -95,7 +95,7 @@ def retrieve_items_tool(retriever: Retriever, catalog: Catalog) -> StructuredToo
         try:
             wanted = request(history, preference, k, filters)
             return shown(retriever.submit(wanted).result())
-        except (RequestError, CatalogError) as error:
+        except (RequestError, CatalogError, EncoderError) as error:
             raise ToolException(str(error)) from error
 
     async def retrieve_items_async(
@@ -108,7 +108,7 @@ def retrieve_items_tool(retriever: Retriever, catalog: Catalog) -> StructuredToo
             # Matching titles is work, and must not stop the event loop.
             wanted = await asyncio.to_thread(request, history, preference, k, filters)
             return shown(await asyncio.wrap_future(retriever.submit(wanted)))
-        except (RequestError, CatalogError) as error:
+        except (RequestError, CatalogError, EncoderError) as error:
             raise ToolException(str(error)) from error
 
     return StructuredTool.from_function(

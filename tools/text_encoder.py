@@ -42,7 +42,9 @@ class TextEncoder:
                 f"sentence encoder {model!r} is a file. Give a model folder or a hub name."
             )
         try:
-            self._model = SentenceTransformer(model, device=device).eval()
+            self._model = SentenceTransformer(
+                model, device=device, model_kwargs={"use_safetensors": True}
+            ).eval()
             tried = self._model.encode(["some words"], show_progress_bar=False)
         except Exception as error:  # the boundary: readers of damaged files raise anything
             raise EncoderError(
@@ -71,13 +73,24 @@ class TextEncoder:
         if not texts:
             return np.zeros((0, self.dim), dtype=np.float32)
         encode = self._model.encode_query if query else self._model.encode_document
-        vectors = encode(
-            list(texts),
-            batch_size=self.batch_size,
-            show_progress_bar=False,
-            convert_to_numpy=True,
-            normalize_embeddings=True,
-        )
+        try:
+            vectors = encode(
+                list(texts),
+                batch_size=self.batch_size,
+                show_progress_bar=False,
+                convert_to_numpy=True,
+                normalize_embeddings=True,
+            )
+        except Exception as error:  # the boundary: torch's errors have no common base
+            raise EncoderError(
+                f"the sentence encoder {self.name!r} failed at {len(texts)} texts: {error}. If "
+                "memory ran out, free some or set a smaller batch_size."
+            ) from error
+        if not np.isfinite(vectors).all():
+            raise EncoderError(
+                f"the sentence encoder {self.name!r} gave numbers that are not finite: its weights "
+                "are damaged. Fetch it again."
+            )
         return np.ascontiguousarray(vectors, dtype=np.float32)
 
 
@@ -92,7 +105,7 @@ def item_embeddings(
 
     Read from `cache_dir` if the same encoder has read the same texts before, else computed and
     written there (atomically). A damaged cache file is computed again. `progress` is called with
-    (done, total) while encoding.
+    (done, total) while encoding. Raises EncoderError, also where the file can't be written.
     """
     texts = [item_text(item) for item in items]
     digest = hashlib.sha256(encoder.fingerprint.encode())
@@ -182,13 +195,19 @@ def _read_cache(path: Path, key: str, shape: tuple[int, int]) -> np.ndarray | No
 
 
 def _write_cache(path: Path, key: str, vectors: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     about = {"key": key, "sha256": hashlib.sha256(vectors.tobytes()).hexdigest()}
-    handle, beside = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(save({_KIND: vectors}, metadata=about))
-        os.replace(beside, path)
-    except BaseException:
-        Path(beside).unlink(missing_ok=True)
-        raise
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, beside = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(save({_KIND: vectors}, metadata=about))
+            os.replace(beside, path)
+        except BaseException:
+            Path(beside).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise EncoderError(
+            f"can't keep item embeddings at {path}: {error}. Free disk space, or choose a folder "
+            "that you may write to."
+        ) from error

@@ -9,6 +9,8 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from ..configuration import write_json, write_text
+from ..graph.engine.adapter import keep_base
+from .checkpoints import writing
 from .curves import History, draw
 from .policy import keep_run_settings
 
@@ -53,7 +55,8 @@ def leave_results(
     Raises SettingsError.
     """
     final = folder / "final"
-    trainer.save_model(str(final))
+    with writing(folder):
+        trainer.save_model(str(final))
     history = trainer.state.log_history
     write_json(folder / "log.json", history)
     draw(history, folder / "curves.png", title=title)
@@ -67,6 +70,8 @@ def leave_results(
     )
     write_text(final / "README.md", card)
     keep_run_settings(run, final)
+    if adapter:
+        keep_base(base, final)
     return final
 
 

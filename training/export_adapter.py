@@ -22,7 +22,7 @@ from pathlib import Path
 
 from deeprec.configuration import write_json, write_text
 from deeprec.errors import SettingsError
-from deeprec.graph.engine.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_SETTINGS
+from deeprec.graph.engine.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE, RUN_SETTINGS
 from deeprec.terminal import tells_errors
 
 _CARD = "README.md"
@@ -54,6 +54,8 @@ def export(final: Path, to: Path, base: str) -> Path:
             metadata={"format": "pt"},
         )
         shutil.copyfile(final / RUN_SETTINGS, beside / RUN_SETTINGS)
+        if (final / BASE).is_file():  # not of adapters that an earlier version trained
+            shutil.copyfile(final / BASE, beside / BASE)
         config = json.loads((final / ADAPTER_CONFIG).read_text("utf-8"))
         write_json(beside / ADAPTER_CONFIG, {**config, "base_model_name_or_path": base})
         card = (final / _CARD).read_text("utf-8")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..configuration import write_json
 from ..errors import SettingsError
-from ..graph.engine.adapter import ADAPTER_CONFIG, RUN_SETTINGS
+from ..graph.engine.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_SETTINGS
 from .configuration import LoRA
 
 if TYPE_CHECKING:
@@ -42,8 +42,15 @@ def load_policy(base: str, start: Path | None, lora: LoRA | None) -> PreTrainedM
             f"{start} is an adapter and lora is none: name the adapter's lora, or start from a "
             "whole model"
         )
+    if adapter and start is not None and not (start / ADAPTER_WEIGHTS).is_file():
+        raise SettingsError(f"{start} lacks {ADAPTER_WEIGHTS}: weights are read from safetensors")
     name = str(start) if start is not None and not adapter else base
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.float32, use_safetensors=True
+        )
+    except OSError as error:
+        raise SettingsError(f"{name} can't be read as a model: {error}") from error
     if adapter:
         return PeftModel.from_pretrained(model, str(start), is_trainable=True)
     return model if lora is None else get_peft_model(model, lora.config())

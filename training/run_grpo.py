@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from rich.console import Console
 
-from deeprec.configuration import keep_config, load_config, write_json
+from deeprec.configuration import keep_config, keep_origin, load_config, write_json
 from deeprec.errors import SettingsError
 from deeprec.graph.app import local_engine
 from deeprec.graph.build import build_graph
+from deeprec.graph.engine.adapter import weights_digest
 from deeprec.graph.engine.limits import check_model_folder
 from deeprec.graph.engine.tokenizer import load_tokenizer
 from deeprec.graph.state import RunSettings
@@ -162,6 +163,11 @@ def run(config: GRPORun, console: Console) -> Path:
     if config.start is not None and not config.start.is_dir():
         raise SettingsError(f"start {config.start} does not exist: train that run first")
     keep_config(config, config.output)
+    base = Workspace(settings)
+    origin = {"data set": base.data.fingerprint, "LLM": weights_digest(model)}
+    if config.start is not None:
+        origin["start"] = weights_digest(str(config.start))
+    keep_origin(origin, config.output)
     start = config.start
     left = []
     for stage in config.stages:
@@ -174,11 +180,13 @@ def run(config: GRPORun, console: Console) -> Path:
     if not left:
         return config.output / config.stages[-1].stage / "final"
     tokenizer = load_tokenizer(model)
-    base = Workspace(settings)
     base.ensure_assets(lambda message: console.print(f"  {message}", style="dim"))
     with trm_progress(console) as progress:
         ground = training_ground(base, progress=progress)
     selection = select_users(base, ground, config.selection)
+    keep_origin(
+        {"TRM": selection.trm, "sentence encoder": ground.encoder.fingerprint}, config.output
+    )
     selection.save(config.output / "selection.json")
     with console.status("Loading the LLM"):
         engine = local_engine(model, _exact(settings.engine), max_model_len=config.max_length)

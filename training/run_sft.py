@@ -21,8 +21,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 from rich.progress import Progress
 
-from deeprec.configuration import keep_config, load_config
+from deeprec.configuration import keep_config, keep_origin, load_config
 from deeprec.errors import SettingsError, TrajectoryError
+from deeprec.graph.engine.adapter import weights_digest
 from deeprec.graph.engine.limits import check_model_folder
 from deeprec.graph.engine.tokenizer import load_tokenizer
 from deeprec.graph.state import RunSettings
@@ -72,7 +73,10 @@ class SFTRun(BaseModel):
 
 def run(config: SFTRun, console: Console) -> Path:
     """Make the demonstrations and train; gives the folder of the model or adapter."""
-    from trl import SFTConfig, SFTTrainer
+    from trl import SFTConfig
+
+    from deeprec.training.checkpoints import Sealer, newest_whole
+    from deeprec.training.trainer import WarmStart
 
     check_options(config.trainer, SFTConfig, _OURS)
     if STAGE not in config.selection.shares:
@@ -81,8 +85,10 @@ def run(config: SFTRun, console: Console) -> Path:
     model = config.model or settings.model_name
     check_model_folder(model)
     keep_config(config, config.output)
-    tokenizer = load_tokenizer(model)
     base = Workspace(settings)
+    origin = {"data set": base.data.fingerprint, "LLM": weights_digest(model)}
+    keep_origin(origin, config.output)
+    tokenizer = load_tokenizer(model)
     shown = _demonstrations(config, base, tokenizer, console)
     data = dataset(shown)
     console.print(
@@ -91,13 +97,15 @@ def run(config: SFTRun, console: Console) -> Path:
         "policy's"
     )
     score_labelled_positions_only()
-    trainer = SFTTrainer(
+    trainer = WarmStart(
         model=load_policy(model, None, config.lora),
         args=_arguments(SFTConfig, config),
         train_dataset=data,
         processing_class=tokenizer,
+        callbacks=[Sealer()],
     )
-    trainer.train(resume_from_checkpoint=_checkpoint(config.output))
+    checkpoint = newest_whole(config.output / "checkpoints")
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     return leave_results(
         trainer,
         config.output,
@@ -203,13 +211,6 @@ def _arguments(arguments: type, config: SFTRun) -> Any:
         use_cpu=not gpu,
         **(defaults | config.trainer),
     )
-
-
-def _checkpoint(output: Path) -> str | None:
-    from transformers.trainer_utils import get_last_checkpoint
-
-    folder = output / "checkpoints"
-    return get_last_checkpoint(str(folder)) if folder.exists() else None
 
 
 @tells_errors

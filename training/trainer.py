@@ -1,5 +1,5 @@
-"""TRL's GRPOTrainer, with the gap between engine and trainer in its log, and without the padding
-that TRL computes on.
+"""TRL's trainers: GRPO's with the gap between engine and trainer in its log, and without the
+padding that TRL computes on.
 """
 
 from __future__ import annotations
@@ -7,15 +7,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from trl import GRPOTrainer
+from trl import GRPOTrainer, SFTTrainer
 
+from .checkpoints import SafeSaving
 from .head import score_labelled_positions_only
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
 
-class Trainer(GRPOTrainer):  # type: ignore[misc]  # trl is not typed
+class Trainer(SafeSaving, GRPOTrainer):  # type: ignore[misc]  # trl is not typed
     """Logs how far the engine's logprobs are from those of the weights that are trained.
 
     Both are of the tokens that the policy sampled, at temperature 1. A gap means that engine and
@@ -63,6 +64,10 @@ class Trainer(GRPOTrainer):  # type: ignore[misc]  # trl is not typed
                 metrics["engine_gap/mean"].append(float(gap.mean()))
                 metrics["engine_gap/max"].append(float(gap.max()))
         return loss
+
+
+class WarmStart(SafeSaving, SFTTrainer):  # type: ignore[misc]  # trl is not typed
+    """SFT, as TRL does it."""
 
 
 def by_token(

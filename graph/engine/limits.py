@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 # Spells guided text in the tokenizer's own way, in a third fewer tokens than xgrammar (docs).
 GRAMMAR_BACKEND = "guidance"
+# Else vLLM reads pickled weights where a model has no others.
+WEIGHTS_FORMAT = "safetensors"
 _GIB = 1024**3
 
 
@@ -85,7 +87,8 @@ def check_kv_cache(model: str, *, max_model_len: int, kv_cache_gib: int, dtype: 
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(model).get_text_config()  # of a composite model too
+        config = AutoConfig.from_pretrained(model, trust_remote_code=False)
+        config = config.get_text_config()  # of a composite model too
     except (OSError, ValueError) as error:
         raise EngineError(f"the configuration of model {model!r} can't be read: {error}") from error
     limit = getattr(config, "max_position_embeddings", max_model_len)

@@ -15,7 +15,8 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        # Left out, it is asked for on the terminal.
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise EngineError(f"no tokenizer can be loaded from {model!r}: {error}") from error
     if not tokenizer.chat_template:

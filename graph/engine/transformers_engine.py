@@ -79,7 +79,7 @@ class TransformersEngine(Engine):
         self._seed = seed
         self._ids = itertools.count()
         self._model = AutoModelForCausalLM.from_pretrained(
-            model, dtype=dtype, attn_implementation="sdpa"
+            model, dtype=dtype, attn_implementation="sdpa", use_safetensors=True
         ).to(device)
         self._loop = LoopThread("deeprec-transformers")
         self._closed = False

@@ -18,6 +18,7 @@ from ...errors import EngineError
 from .base import Engine, Finish, Generation, GenerationRequest, LoopThread
 from .limits import (
     GRAMMAR_BACKEND,
+    WEIGHTS_FORMAT,
     check_kv_cache,
     check_model_folder,
     cpu_dtype,
@@ -96,6 +97,7 @@ class VLLMEngine(Engine):
             gpu_memory_utilization=gpu_memory_utilization,
             enable_prefix_caching=True,
             structured_outputs_config={"backend": GRAMMAR_BACKEND},
+            load_format=WEIGHTS_FORMAT,
             disable_log_stats=True,
             use_tqdm_on_load=False,
             generation_config="vllm",  # sampling is the caller's, never the model folder's

@@ -5,10 +5,12 @@ Start one with `deeprec serve-llm`, or point at replicas behind a load balancer.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
@@ -17,24 +19,34 @@ from typing import TYPE_CHECKING, Any
 import httpx
 from tenacity import (
     AsyncRetrying,
+    RetryCallState,
     retry_if_exception_type,
-    stop_after_delay,
     wait_random_exponential,
 )
 
 from ...errors import EngineError
 from .base import Engine, Generation, GenerationRequest, LoopThread
-from .limits import GRAMMAR_BACKEND, check_kv_cache, check_model_folder, cpu_dtype, cpu_options
+from .limits import (
+    GRAMMAR_BACKEND,
+    WEIGHTS_FORMAT,
+    check_kv_cache,
+    check_model_folder,
+    cpu_dtype,
+    cpu_options,
+)
 from .tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from ...settings import EngineSettings
 
 _CONNECT_TIMEOUT_S = 5.0
+_LOOK_AFTER_S = 10.0  # a generation that takes longer has its server asked whether it lives
 
 
 class _ServerBusyError(Exception):
-    """The server answered 5xx or 429, or not at all: worth another try within the bound."""
+    """The server answered 5xx or 429, or not at all, or broke off: worth another try within the
+    bound.
+    """
 
 
 class VLLMServerEngine(Engine):
@@ -44,7 +56,9 @@ class VLLMServerEngine(Engine):
         url: root of the server, e.g. "http://127.0.0.1:8000".
         tokenizer: hub name or folder of the tokenizer; the served model's name by default.
         api_key: sent as a bearer token where the server asks for one.
-        retry_seconds: for how long an unreachable or overloaded server is tried again.
+        retry_seconds: for how long an unreachable, dead or overloaded server is tried again,
+            counted from a generation's first failure; and how long it may be silent when it is
+            asked whether it lives.
 
     Raises:
         EngineError: nobody answers, or what answers serves no model.
@@ -92,22 +106,48 @@ class VLLMServerEngine(Engine):
         return self._loop.submit(self._generate(request))
 
     async def _generate(self, request: GenerationRequest) -> Generation:
+        failed_at: list[float] = []
+
+        def is_over(_: RetryCallState) -> bool:
+            # From the first failure on: what was cut off after minutes has its tries still.
+            failed_at.append(time.monotonic())
+            return failed_at[-1] - failed_at[0] >= self._retry_seconds
+
         try:
             async for attempt in AsyncRetrying(
-                stop=stop_after_delay(self._retry_seconds),
+                stop=is_over,
                 wait=wait_random_exponential(multiplier=0.2, max=5),
                 retry=retry_if_exception_type(_ServerBusyError),
                 reraise=True,
             ):
                 with attempt:
-                    reply = await self._post(request)
+                    made = _generation(await self._watched(request))
                 # Another try may write another text: what was heard of the first stays alone.
                 request = replace(request, on_text=None)
         except _ServerBusyError as error:
             raise EngineError(
                 f"no answer from {self.url} for {self._retry_seconds:g} s, no more tries: {error}"
             ) from error
-        return _generation(reply)
+        return made
+
+    async def _watched(self, request: GenerationRequest) -> dict[str, Any]:
+        """Await the answer, however long it takes, from a server that shows that it lives."""
+        asked = asyncio.ensure_future(self._post(request))
+        try:
+            while not (await asyncio.wait({asked}, timeout=_LOOK_AFTER_S))[0]:
+                await self._check_alive()
+            return asked.result()
+        finally:
+            asked.cancel()  # the server drops what nobody waits for
+            await asyncio.wait({asked})
+
+    async def _check_alive(self) -> None:
+        try:
+            reply = await self._client.get("/health", timeout=self._retry_seconds)
+        except httpx.TransportError as error:
+            raise _ServerBusyError(f"it is silent: {error!r}") from error
+        if reply.status_code >= 500:
+            raise _ServerBusyError(f"its engine is dead: HTTP {reply.status_code}")
 
     async def _post(self, request: GenerationRequest) -> dict[str, Any]:
         body = _body(self.name, request)
@@ -175,10 +215,13 @@ async def _hear(reply: httpx.Response, on_text: Callable[[str], None]) -> dict[s
         if data in (line, "[DONE]"):
             continue
         try:
-            last = json.loads(data)["choices"][0]
+            event = json.loads(data)
+            if int(event.get("error", {}).get("code", 0)) >= 500:  # its engine died meanwhile
+                raise _ServerBusyError(data[:200])
+            last = event["choices"][0]
             ids += last["token_ids"]
             logprobs += last["logprobs"]["token_logprobs"] if last["token_ids"] else []
-        except (ValueError, KeyError, IndexError, TypeError) as error:
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
             raise EngineError(
                 f"the LLM server broke off a generation or is not vLLM's: {data[:500]} ({error!r})"
             ) from error
@@ -203,6 +246,8 @@ def _generation(reply: dict[str, Any]) -> Generation:
         ) from error
     if reason == "length":
         return Generation(ids, logprobs, "length")
+    if reason == "abort":  # a server that is being ended gives up what it has not finished
+        raise _ServerBusyError("it gave the generation up")
     if reason != "stop":
         raise EngineError(f"the server gave up a generation: finish_reason {reason!r}")
     if isinstance(stop, str):
@@ -235,6 +280,7 @@ def serve(model: str, settings: EngineSettings, *, host: str, port: int) -> None
     command += ["--model", model, "--host", host, "--port", str(port), "--dtype", dtype]
     command += ["--max-model-len", str(max_model_len), "--generation-config", "vllm"]
     command += ["--structured-outputs-config.backend", GRAMMAR_BACKEND]
+    command += ["--load-format", WEIGHTS_FORMAT]
     command += ["--max-num-seqs", str(settings.max_num_seqs)]
     command += ["--gpu-memory-utilization", str(settings.gpu_memory_utilization)]
     for name, value in (cpu_options(max_model_len) if on_cpu else {}).items():

@@ -16,10 +16,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...errors import EngineError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
 _FILE = "model.safetensors"
+_SLACK = 2**20  # bytes: names and shapes
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108  # a folder of its own is made in it
 
 
@@ -64,16 +67,32 @@ def _end_with(owner: int, processes: Sequence[int]) -> None:
 
 @contextmanager
 def handed_over(weights: Mapping[str, Tensor]) -> Iterator[str]:
-    """Write weights where another process of this machine reads them fast; gives the folder."""
+    """Write weights where another process of this machine reads them fast; gives the folder.
+
+    Raises EngineError where there is no room for them.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    place = _SHARED_MEMORY if _SHARED_MEMORY.is_dir() else None
-    folder = tempfile.mkdtemp(prefix="deeprec-weights-", dir=place)
+    size = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
+    folder = tempfile.mkdtemp(prefix="deeprec-weights-", dir=_roomy(size))
     try:
-        save_file(
-            {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()},
-            Path(folder) / _FILE,
-        )
+        try:
+            save_file(
+                {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()},
+                Path(folder) / _FILE,
+            )
+        except (OSError, SafetensorError) as error:
+            raise EngineError(
+                f"no room in {Path(folder).parent} for {size / 2**20:.0f} MiB of weights on their "
+                f"way to the engine: {error}. Free some, or set TMPDIR to a roomier folder."
+            ) from error
         yield folder
     finally:
         shutil.rmtree(folder)
+
+
+def _roomy(size: int) -> Path | None:
+    """Shared memory where it holds so many bytes: containers often have 64 MiB of it."""
+    fits = _SHARED_MEMORY.is_dir() and shutil.disk_usage(_SHARED_MEMORY).free > size + _SLACK
+    return _SHARED_MEMORY if fits else None

@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -5,6 +6,8 @@ import pytest
 from deeprec.errors import EvaluationError
 from deeprec.evals.store import Ranking, Store
 from deeprec.graph.state import Failure, RecommendationResponse, Usage
+
+from ..conftest import Disk
 
 USERS = ["u", "v", "w"]
 
@@ -90,6 +93,23 @@ def test_a_place_that_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(EvaluationError, match="or give another output"):
         write(Store(tmp_path / "file" / "a.jsonl"))
+
+
+def test_on_a_full_disk_what_is_written_stays_and_the_rest_is_asked_again(
+    small_disk: Callable[[int], Disk],
+) -> None:
+    disk = small_disk(1)
+    store = Store(disk.folder / "a.jsonl")
+    write(store, one("u", "1"))
+    disk.fill(leave=4096 - 64)  # the file's own block takes some more
+    with pytest.raises(EvaluationError, match="Free disk space"):
+        write(store, one("v", "2"), one("w", *("long" * 100 for _ in range(100))))
+    assert list(store.read(USERS)) == ["u", "v"]  # of the third a part may stand there
+    disk.free()
+    write(store, one("w", "3"))
+    assert {user: found.items for user, found in store.read(USERS).items()} == {
+        "u": ("1",), "v": ("2",), "w": ("3",),
+    }  # fmt: skip
 
 
 def test_a_full_disk_is_told(monkeypatch: pytest.MonkeyPatch, store: Store) -> None:

@@ -2,8 +2,10 @@
 of it."""
 
 import asyncio
+import itertools
 import signal
-from concurrent.futures import Future, wait
+import time
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -592,6 +594,50 @@ def test_a_failing_retriever_ends_the_run_with_a_reason(
     assert response.failure is not None
     assert "Chroma is gone" in response.failure.detail
     assert response.recommendations == []
+
+
+def test_a_failing_encoder_ends_its_run_with_a_reason_and_no_other(
+    run_graph: RunGraph, retriever: Retriever, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the runs ask for what it fails at, all at the same time."""
+    model = retriever._encoder._model
+    encode = model.encode_query
+
+    def out_of_memory(texts: list[str], **options: Any) -> Any:
+        if any("poison" in text for text in texts):
+            raise RuntimeError("can't allocate memory")
+        return encode(texts, **options)
+
+    monkeypatch.setattr(model, "encode_query", out_of_memory)
+    bad = ["<think>" + ask("poison")]
+    with ThreadPoolExecutor(8) as pool:
+        runs = list(pool.map(lambda at: run_graph(*(bad if at % 2 else good_script())), range(8)))
+    for at, run in enumerate(runs):
+        response = respond(run)
+        assert len(response.recommendations) == 2
+        if at % 2:
+            assert response.stop_reason == "retrieval_failure"
+            assert response.failure is not None
+            assert "encoder" in response.failure.detail
+            assert "can't allocate memory" in response.failure.detail
+            assert {line.source for line in response.recommendations} == {"trm"}
+        else:
+            assert response.failure is None
+
+
+def test_a_clock_that_goes_back_ends_no_run_and_holds_none_up(
+    run_graph: RunGraph, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An hour at each look, forth at first: a time budget is of the time that passes."""
+    ticks = itertools.chain([9e9], itertools.count(9e9 - 3600, -3600))
+    for name, unit in (("time", 1), ("time_ns", 1_000_000_000)):
+        monkeypatch.setattr(time, name, lambda unit=unit: type(unit)(next(ticks) * unit))
+    response = respond(run_graph(*good_script(), limits={"time_budget_s": 60}))
+    assert response.failure is None
+    assert 0 <= response.usage.seconds < 60
+    late = respond(run_graph(None, limits={"time_budget_s": 0.2}))
+    assert late.stop_reason == "time_budget"
+    assert 0.2 <= late.usage.seconds < 60
 
 
 def test_an_interrupted_caller_frees_the_engine(run_graph: RunGraph) -> None:

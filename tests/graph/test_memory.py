@@ -1,8 +1,10 @@
 """What a user told is kept over threads, in memory and on disk."""
 
 import asyncio
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime, timedelta, tzinfo
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,27 @@ def open_store(request: pytest.FixtureRequest, tmp_path: Path) -> OpenStore:
             yield store
 
     return opened
+
+
+def test_a_clock_that_goes_back_turns_no_notes_round(
+    open_store: OpenStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Back(datetime):
+        """Earlier at each look."""
+
+        looks = itertools.count()
+
+        @classmethod
+        def now(cls, tz: tzinfo | None = None) -> datetime:
+            return datetime(2026, 1, 2, tzinfo=tz) - timedelta(hours=next(cls.looks))
+
+    monkeypatch.setattr("deeprec.graph.memory.datetime", Back)
+    said = [f"thing {n}" for n in range(5)]
+    for about in said:
+        with open_store() as store:
+            Memory(store, "u").add("like", about)
+    with open_store() as store:
+        assert [note.about for note in Memory(store, "u").notes()] == said
 
 
 def test_notes_are_listed_replaced_and_deleted(open_store: OpenStore) -> None:

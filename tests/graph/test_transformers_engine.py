@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from deeprec.errors import EngineError
+from deeprec.graph.engine import transformers_engine
 from deeprec.graph.engine.base import Constraint, Generation, GenerationRequest
 from deeprec.graph.engine.transformers_engine import TransformersEngine
 
@@ -142,3 +143,23 @@ def test_an_engine_that_is_not_closed_does_not_hold_up_the_interpreter(tiny_llm:
     )
     done = subprocess.run([sys.executable, "-c", code, tiny_llm], timeout=120, check=False)
     assert done.returncode == 0
+
+
+def test_more_at_once_than_the_cache_holds(tiny_llm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take turns: each is finished, and its logprobs are those of the model."""
+    blocks = 18  # of 32 tokens: 576, where one run alone may hold 512
+    monkeypatch.setattr(transformers_engine, "kv_token_bytes", lambda *_: 2**30 // 32 // blocks)
+    engine = TransformersEngine(
+        tiny_llm, max_model_len=512, dtype="float32", kv_cache_gib=1, max_num_seqs=8, seed=0
+    )
+    try:
+        prompts = [engine.tokenizer.encode(f"Film {n} " * 20) for n in range(5)]
+        futures = [engine.submit(GenerationRequest(p, 100, temperature=1.0)) for p in prompts]
+        said = [future.result(240) for future in futures]
+    finally:
+        engine.close()
+    held = sum(len(p) + len(s.ids) for p, s in zip(prompts, said, strict=True))
+    assert held > 32 * blocks
+    for prompt, generation in zip(prompts, said, strict=True):
+        assert generation.finish in ("length", "eos")
+        assert gap(prompt, generation, tiny_llm) < 1e-3

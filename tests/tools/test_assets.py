@@ -90,6 +90,31 @@ def test_an_asset_of_another_package_is_fetched_again(asset: Asset, tmp_path: Pa
     assert is_present(asset, tmp_path / "home")
 
 
+@pytest.mark.parametrize("damage", ["changed", "missing"])
+def test_a_damaged_file_is_fetched_again(asset: Asset, tmp_path: Path, damage: str) -> None:
+    home = tmp_path / "home"
+    ensure_assets(home)
+    path = home / "toy" / "set" / "b" / "c.txt"
+    if damage == "changed":
+        path.write_text("X")  # of the same length
+    else:
+        path.unlink()
+    assert not is_present(asset, home)
+    told: list[str] = []
+    ensure_assets(home, notify=told.append)
+    assert path.read_text() == "C"
+    assert len(told) == 1
+
+
+def test_assets_of_an_earlier_version_are_kept(asset: Asset, tmp_path: Path) -> None:
+    ensure_assets(tmp_path / "home")
+    manifest = tmp_path / "home" / "toy" / "asset.json"
+    about = json.loads(manifest.read_text())
+    assert set(about.pop("files")) == {"set/a.txt", "set/b/c.txt"}
+    manifest.write_text(json.dumps(about))
+    assert is_present(asset, tmp_path / "home")
+
+
 def test_paths_that_leave_the_folder_are_refused(
     asset: Asset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,8 +4,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +22,8 @@ from deeprec.tools.chroma_store import ChromaStore
 from deeprec.tools.filters import Filters
 from deeprec.tools.interactions import Item
 from deeprec.tools.trm.blend import blend
+
+from ..conftest import Disk
 
 FINGERPRINT = Fingerprint(dataset="data-1", trm="trm-1", encoder="encoder-1")
 SIZE, DIM, TEXT_DIM = 1500, 16, 12  # more than Chroma keeps in its log before it writes an index
@@ -460,9 +462,43 @@ def test_damage_is_found_at_open_and_mended_by_building_again(here: CatalogSetti
     with pytest.raises(CatalogError, match="deeprec index") as caught:
         Catalog.open(here, fingerprint=FINGERPRINT)
     assert str(here.folder) in str(caught.value)
-    if fault is not delete_database:  # then the folder is no catalog any more
-        with build(here, 9) as again:
-            assert len(again) == 9
+    with build(here, 9) as again:
+        assert len(again) == 9
+
+
+def test_a_catalog_that_lost_its_index_counts_right_and_is_refused(here: CatalogSettings):
+    """What makes it treacherous: Chroma still counts all items, and answers with one."""
+    drop_indexes(here.folder)
+    with closing_client(here) as client:
+        held = client.get_collection("deeprec", embedding_function=None)
+        assert held.count() == SIZE
+        user = np.append(made_vectors(1, seed=1)[1], 0)
+        answer = held.query(query_embeddings=user, n_results=10, include=[])
+        assert len(answer["ids"][0]) < 10
+    with pytest.raises(CatalogError, match="deeprec index"):
+        Catalog.open(here, fingerprint=FINGERPRINT)
+    with build(here) as again:
+        texts, vectors = made_vectors()
+        assert again.snapshot.items == tuple(made_items())
+        assert np.array_equal(again.vectors, vectors)
+        assert np.array_equal(again.text_embeddings, texts)
+
+
+def damage_index(folder: Path) -> None:
+    drop_indexes(folder)
+    truncate_database(folder)
+
+
+@pytest.mark.parametrize("fault", [drop_indexes, truncate_database, damage_index])
+def test_damage_while_serving_is_an_error_and_no_crash(here: CatalogSettings, fault):
+    """Exact search answers from memory; HNSW answers rightly, or not at all."""
+    vectors = made_vectors(4, seed=1)[1]
+    with Catalog.open(replace(here, search="hnsw")) as catalog:
+        before = found_by(catalog, vectors, 5)
+        fault(here.folder)
+        with suppress(CatalogError):
+            assert found_by(catalog, vectors, 5) == before
+        assert len(catalog.snapshot.items) == SIZE
 
 
 def test_an_index_that_answers_badly_is_found(here: CatalogSettings, monkeypatch):
@@ -562,6 +598,34 @@ def test_after_a_failed_update_searches_answer_and_updates_wait_for_a_reopen(
         assert same(catalog, again)  # the leftover text is nobody's
 
 
+def test_a_full_disk_stops_an_update_and_a_build_and_loses_nothing(
+    template: Path, small_disk: Callable[[int], Disk]
+):
+    disk = small_disk(16)
+    shutil.copytree(template, disk.folder / "catalog")
+    here = CatalogSettings(folder=disk.folder / "catalog")
+    texts, vectors = made_vectors(500, seed=5)
+    changed = [Item(f"id{i}", "Other", {}, "words " * 300) for i in range(500)]
+    with Catalog.open(here, fingerprint=FINGERPRINT) as catalog:
+        before = catalog.snapshot
+        disk.fill()
+        with pytest.raises(CatalogError, match=r"disk is full.*Free disk space"):
+            catalog.upsert(changed, texts, vectors)
+        assert catalog.snapshot is before
+        assert len(found_by(catalog, vectors[:1], 5)[0]) == 5
+    with pytest.raises(CatalogError, match="Free disk space"):
+        build(here)
+    assert {path.name for path in disk.folder.iterdir()} == {"catalog", ".filler"}
+    disk.free()
+    with Catalog.open(here, fingerprint=FINGERPRINT) as catalog:
+        assert len(catalog) == SIZE
+        old = {item.id: item for item in before.items}
+        new = {item.id: item for item in changed}
+        assert all(item in (old[item.id], new.get(item.id)) for item in catalog.snapshot.items)
+        catalog.upsert(changed, texts, vectors)
+        assert catalog.item("id499") == changed[499]
+
+
 UPDATE = """
 import sys
 from pathlib import Path
@@ -611,6 +675,47 @@ def test_a_failed_build_leaves_the_old_catalog(here: CatalogSettings, monkeypatc
     assert [path.name for path in here.folder.parent.iterdir()] == ["catalog"]
     with Catalog.open(here, fingerprint=FINGERPRINT) as old:
         assert len(old) == SIZE
+
+
+BUILD = """
+import sys
+from pathlib import Path
+import numpy as np
+from deeprec.tools.catalog import Catalog, CatalogSettings, Fingerprint
+from deeprec.tools.interactions import Item
+print("go", flush=True)
+items = [Item(f"id{i}", "new") for i in range(1500)]
+for turn in range(10_000):
+    rows = np.full((1500, 1), 1.0 + turn, dtype=np.float32)
+    Catalog.build(
+        CatalogSettings(folder=Path(sys.argv[1])), items, rows.repeat(12, 1), rows.repeat(16, 1),
+        fingerprint=Fingerprint("data-1", "trm-1", "encoder-1"),
+    ).close()
+    print("built", flush=True)
+"""
+
+
+def test_a_process_killed_during_builds_leaves_a_whole_catalog(here: CatalogSettings):
+    with subprocess.Popen(
+        [sys.executable, "-c", BUILD, str(here.folder)], stdout=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        for _ in range(2):  # the second build is under way
+            assert process.stdout.readline()
+        wait_for_a_build(here.folder.parent)
+        process.kill()
+    with Catalog.open(here, fingerprint=FINGERPRINT) as catalog:
+        assert {item.title for item in catalog.snapshot.items} == {"new"}
+        assert len(catalog) == SIZE
+    with build(here, 9) as catalog:
+        assert len(catalog) == 9
+
+
+def wait_for_a_build(folder: Path) -> None:
+    """Until a catalog is being written beside the one that is there."""
+    limit = time.monotonic() + 60
+    while not list(folder.glob(".catalog.*/chroma.sqlite3")):
+        assert time.monotonic() < limit
 
 
 def test_a_build_replaces_the_old_catalog_and_tells_how_far_it_is(here: CatalogSettings):

@@ -17,6 +17,8 @@ from deeprec.errors import EncoderError
 from deeprec.tools.interactions import Item
 from deeprec.tools.text_encoder import TextEncoder, _fingerprint, item_embeddings
 
+from ..conftest import Disk
+
 ITEMS = [Item("a", "Film 1", {"genres": ("Comedy",)}), Item("b", "Film 2", {"genres": ("Drama",)})]
 
 
@@ -231,9 +233,29 @@ def test_nothing_is_left_behind_when_writing_fails(
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(EncoderError, match="disk full"):
         item_embeddings(counting, ITEMS, tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(
+    tiny_encoder: TextEncoder, small_disk: Callable[[int], Disk]
+) -> None:
+    disk = small_disk(1)
+    disk.fill()
+    with pytest.raises(EncoderError, match=r"No space left on device.*Free disk space"):
+        item_embeddings(tiny_encoder, ITEMS, disk.folder / "cache")
+    disk.free()
+    assert not list(disk.folder.rglob("*.part"))
+    assert len(item_embeddings(tiny_encoder, ITEMS, disk.folder / "cache")) == len(ITEMS)
+
+
+def test_weights_that_give_no_numbers_are_told(tiny_encoder_folder: Path) -> None:
+    broken = TextEncoder(str(tiny_encoder_folder))
+    with torch.no_grad():
+        next(broken._model.parameters()).fill_(float("nan"))
+    with pytest.raises(EncoderError, match="not finite"):
+        broken.encode_queries(["comedy"])
 
 
 def test_progress_is_reported(counting: Counting, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from safetensors.torch import load_file
 from deeprec.errors import TRMError
 from deeprec.tools.trm.config import DeepRecConfig, PaperConfig, parse_config
 from deeprec.tools.trm.model import TRM
+
+from ..conftest import Disk
 
 TEXT = 32
 SMALL = {"dim": 16, "inner": 16, "history_length": 6, "text_dim": TEXT}
@@ -280,6 +283,21 @@ def test_a_failed_save_leaves_the_old_checkpoint(
         model.save_pretrained(tmp_path / "m", card="new")
     assert (tmp_path / "m" / "README.md").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(
+    model: TRM, small_disk: Callable[[int], Disk]
+) -> None:
+    disk = small_disk(4)
+    model.save_pretrained(disk.folder / "m", card="old")
+    disk.fill(leave=12_288)
+    with pytest.raises(TRMError, match=r"No space left on device.*Free disk space"):
+        model.save_pretrained(disk.folder / "m", card="new")
+    assert TRM.from_pretrained(disk.folder / "m").card == "old"
+    assert {path.name for path in disk.folder.iterdir()} == {"m", ".filler"}
+    disk.free()
+    model.save_pretrained(disk.folder / "m", card="new")
+    assert TRM.from_pretrained(disk.folder / "m").card == "new"
 
 
 def test_a_checkpoint_that_could_not_be_replaced_is_put_back(

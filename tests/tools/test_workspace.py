@@ -1,6 +1,8 @@
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from deeprec.errors import CatalogError, DataError, TRMError
@@ -10,6 +12,8 @@ from deeprec.tools.interactions import InteractionData
 from deeprec.tools.retriever import RetrievalRequest
 from deeprec.tools.trm.config import DeepRecConfig, FitConfig
 from deeprec.tools.workspace import Workspace
+
+from .test_catalog import delete_database, empty_database, overwrite_database, truncate_database
 
 
 @pytest.fixture
@@ -132,6 +136,31 @@ def test_a_checkpoint_of_another_data_set_is_refused(
     replace(tiny_data, items=items).save(place.dataset_dir)
     with pytest.raises(TRMError, match="another data set"):
         _ = Workspace(settings).trm
+
+
+@pytest.mark.parametrize(
+    "fault", [truncate_database, overwrite_database, empty_database, delete_database]
+)
+def test_a_damaged_catalog_is_made_again_from_data_and_trm(
+    settings: Settings, tiny_data: InteractionData, fault: Callable[[Path], None]
+) -> None:
+    place = fill(settings, tiny_data)
+    request = RetrievalRequest(history=("1", "2", "3"), preference="comedy", k=5)
+    with Workspace(settings).retriever as retriever:
+        before = retriever.catalog.snapshot
+        (expected,) = retriever.retrieve([request])
+        retriever.catalog.close()
+    fault(place.catalog_dir)
+    with pytest.raises(CatalogError, match="deeprec index"):
+        _ = Workspace(settings).retriever
+    again = Workspace(settings)
+    again.index()
+    assert again.catalog.snapshot.items == before.items
+    assert np.array_equal(again.catalog.vectors, before.vectors)
+    assert np.array_equal(again.catalog.text_embeddings, before.text_embeddings)
+    with again.retriever as retriever:
+        assert retriever.retrieve([request]) == [expected]
+    again.catalog.close()
 
 
 def test_a_catalog_of_another_trm_is_refused(

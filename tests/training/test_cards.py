@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from deeprec.configuration import write_json
 from deeprec.errors import EngineError, RequestError, SettingsError
 from deeprec.graph.app import run_settings
-from deeprec.graph.engine.adapter import RUN_SETTINGS, trained_settings
+from deeprec.graph.engine.adapter import BASE, RUN_SETTINGS, trained_settings
 from deeprec.graph.state import RunSettings
 from deeprec.settings import Settings
 from deeprec.training import compare_runs
@@ -114,6 +114,7 @@ def test_an_exported_adapter_is_half_as_large_and_names_no_folder(tmp_path: Path
         export(final, tmp_path / "out", "owner/name")
     where = {"base_model_name_or_path": "/somewhere/here", "r": 8}
     (final / "adapter_config.json").write_text(json.dumps(where))
+    (final / BASE).write_text("{}")
     (final / "README.md").write_text("---\nbase_model: here\n---\nText\n")
     keep_run_settings(RunSettings(), final)
     (run / "log.json").write_text("[]")
@@ -127,6 +128,7 @@ def test_an_exported_adapter_is_half_as_large_and_names_no_folder(tmp_path: Path
     }
     assert (out / "README.md").read_text() == "---\nbase_model: owner/name\n---\nText\n"
     assert trained_settings(out)["decoding"] == "free"
+    assert (out / BASE).read_text() == "{}"
     assert (out / "log.json").exists()
     with pytest.raises(SettingsError, match="already"):
         export(final, out, "owner/name")

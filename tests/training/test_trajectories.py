@@ -36,6 +36,7 @@ from deeprec.training.trajectory_file import (
     write_trajectories,
 )
 
+from ..conftest import Disk
 from ..graph.conftest import RunGraph, ScriptedEngine
 from ..graph.test_loop import answer, ask
 from .conftest import MakeRun
@@ -240,6 +241,25 @@ def test_a_failed_write_leaves_the_old_file(runs: list[Trajectory], tmp_path: Pa
         write_trajectories(path, [runs[1], runs[1]])
     assert read_trajectories(path) == runs[:2]
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_full_disk_leaves_the_old_file(
+    runs: list[Trajectory], small_disk: Callable[[int], Disk]
+) -> None:
+    disk = small_disk(1)
+    write_part(disk.folder, "step-1", runs[:2])
+    many = [runs[1].model_copy(update={"id": str(number)}) for number in range(70)]
+    for left in (0, 4096, 16_384):
+        disk.fill(leave=left)
+        with pytest.raises(TrajectoryError, match=r"No space left on device.*Free disk space"):
+            write_part(disk.folder, "step-1", many)
+        assert read_trajectories(disk.folder) == runs[:2]
+        assert [path.name for path in (disk.folder / "trajectories").iterdir()] == [
+            "step-1.parquet"
+        ]
+        disk.free()
+    write_part(disk.folder, "step-1", many)
+    assert read_trajectories(disk.folder) == many
 
 
 def test_a_part_made_again_is_neither_lost_nor_doubled(
