@@ -16,7 +16,7 @@ TORCH_CPU := https://download.pytorch.org/whl/cpu
 # Where this is set, every start would compile all that it imports anew (half a minute here).
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-slow fuzz lint format studio bench soak train-smoke recbole audit sbom install clean
+.PHONY: demo test test-slow fuzz lint format studio bench bench-agent soak train-smoke recbole audit sbom install clean
 
 demo: $(VENV)/.installed ## set up, train the TRM, and watch the agent recommend for three users
 	$(BIN)/deeprec demo
@@ -46,7 +46,10 @@ format: $(VENV)/.installed-dev ## rewrite the code in the project's style
 studio: $(VENV)/.installed-server ## LangGraph's server with Studio on 127.0.0.1, at PORT
 	cd $(dir $(CONFIG)) && LANGSMITH_TRACING=false LANGGRAPH_CLI_NO_ANALYTICS=1 $(abspath $(BIN))/langgraph dev --config $(notdir $(CONFIG)) --host 127.0.0.1 --port $(PORT) --no-browser --no-reload --n-jobs-per-worker 32
 
-bench: $(VENV)/.installed ## guided runs over 100 test users: validity and speed
+bench: $(VENV)/.installed-dev ## after make demo: speed of rollouts, retriever, search, start and training, in runs/bench
+	$(BIN)/python -m deeprec.evals.bench.suite
+
+bench-agent: $(VENV)/.installed ## guided runs over 100 test users: validity and speed
 	$(BIN)/python -m deeprec.evals.bench.agent --users 100 --max-retrievals 4
 
 soak: $(VENV)/.installed ## after make demo: 2,000 guided runs, a fault in every hundredth; goes on after a kill

@@ -15,11 +15,11 @@ from rich.text import Text
 
 from . import __version__
 from .errors import RequestError, shown
-from .settings import load_settings
 from .terminal import errors, run_app, visible
 
 if TYPE_CHECKING:
     from .graph.state import RunSettings
+    from .settings import Settings
     from .tools.workspace import Workspace
 
 app = typer.Typer(
@@ -60,10 +60,16 @@ def options(
     """Take what stands before the command."""
 
 
+def _settings(**given: object) -> Settings:
+    from .settings import load_settings
+
+    return load_settings(**given)
+
+
 def _workspace(name: str | None) -> Workspace:
     from .tools.workspace import Workspace
 
-    return Workspace(load_settings(**({"workspace": name} if name else {})))
+    return Workspace(_settings(**({"workspace": name} if name else {})))
 
 
 @app.command()
@@ -82,7 +88,7 @@ def assets() -> None:
     """Fetch the demo's models and data, checked by their digests."""
     from .tools.assets import ensure_assets
 
-    folder = load_settings().assets_dir
+    folder = _settings().assets_dir
     ensure_assets(folder, notify=lambda message: console.print(f"  {message}", style="dim"))
     console.print(f"Models and data are in {folder}", soft_wrap=True)
 
@@ -292,7 +298,7 @@ def serve_llm(
     from .graph.app import tuned_model
     from .graph.engine.vllm_server import serve
 
-    settings = load_settings()
+    settings = _settings()
     serve(tuned_model(settings), settings.engine, host=host, port=port)
 
 

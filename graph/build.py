@@ -7,11 +7,13 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from langchain_core.runnables import RunnableLambda
+from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda
+from langchain_core.runnables.config import run_in_executor
 from langgraph.graph import END, START, StateGraph
 from langgraph.runtime import get_runtime
 from langgraph.types import Overwrite
 
+from ..tools.catalog import ID_MARK
 from . import nodes, people, ranking
 from .engine.base import Engine, LoopThread
 from .identity import check_user
@@ -109,19 +111,21 @@ def build_graph(
     def after_answer_review(state: State) -> str:
         return END if state.get("stop_reason") else "think"
 
-    graph.add_node("read_request", read_request)
-    graph.add_node("think", _on_any_loop(tell_thoughts(nodes.think), resources))
+    graph.add_node("read_request", _Reading(read_request))
+    graph.add_node("think", _Node(tell_thoughts(nodes.think), resources))
     graph.add_node("review_search", people.review_search)
-    graph.add_node("call_trm", _on_any_loop(tell_lists(nodes.call_trm), resources))
-    graph.add_node("rank", _on_any_loop(tell_answer(ranking.rank), resources))
+    graph.add_node("call_trm", _Node(tell_lists(nodes.call_trm), resources))
+    graph.add_node("rank", _Node(tell_answer(ranking.rank), resources))
     graph.add_node("review_answer", review_answer)
     graph.add_edge(START, "read_request")
     graph.add_edge("read_request", "think")
-    graph.add_conditional_edges("think", after_thinking, ["review_search", "call_trm", "rank"])
-    graph.add_conditional_edges("review_search", after_search_review, ["call_trm", "rank"])
-    graph.add_conditional_edges("call_trm", after_retrieval, ["think", "rank"])
-    graph.add_conditional_edges("rank", after_ranking, ["review_answer", END])
-    graph.add_conditional_edges("review_answer", after_answer_review, ["think", END])
+    graph.add_conditional_edges(
+        "think", _Route(after_thinking), ["review_search", "call_trm", "rank"]
+    )
+    graph.add_conditional_edges("review_search", _Route(after_search_review), ["call_trm", "rank"])
+    graph.add_conditional_edges("call_trm", _Route(after_retrieval), ["think", "rank"])
+    graph.add_conditional_edges("rank", _Route(after_ranking), ["review_answer", END])
+    graph.add_conditional_edges("review_answer", _Route(after_answer_review), ["think", END])
     compiled = graph.compile(checkpointer=checkpointer, store=store, name="deeprec")
     # Token ids are for machines: they are kept, and left out of what people are shown.
     compiled.stream_channels = [
@@ -131,26 +135,67 @@ def build_graph(
     return compiled.with_config(recursion_limit=3 * MAX_RETRIEVALS + 8)
 
 
-def _on_any_loop(
-    node: Callable[[Resources, State], Awaitable[dict[str, Any]]], resources: Resources
-) -> RunnableLambda[State, dict[str, Any]]:
-    """Wrap one async node for LangGraph's sync and async callers.
+class _Node(Runnable[State, dict[str, Any]]):
+    """An async node for LangGraph's sync and async callers.
 
     Sync callers may sit inside a running loop (a notebook), so their node runs on a loop of ours.
+    LangGraph traces the node; a RunnableLambda would trace it once more.
     """
 
-    def run(state: State) -> dict[str, Any]:
-        future = _loop().submit(_await(node, resources, state))
+    def __init__(
+        self, node: Callable[[Resources, State], Awaitable[dict[str, Any]]], resources: Resources
+    ) -> None:
+        self._node = node
+        self._resources = resources
+
+    def invoke(
+        self, input: State, config: RunnableConfig | None = None, **_: Any
+    ) -> dict[str, Any]:
+        future = _loop().submit(_await(self._node, self._resources, input))
         try:
             return future.result()
         except BaseException:  # an interrupted caller must not leave the engine at work
             future.cancel()
             raise
 
-    async def arun(state: State) -> dict[str, Any]:
-        return await node(resources, state)
+    async def ainvoke(
+        self, input: State, config: RunnableConfig | None = None, **_: Any
+    ) -> dict[str, Any]:
+        return await self._node(self._resources, input)
 
-    return RunnableLambda(run, afunc=arun)
+
+class _Reading(RunnableLambda[State, dict[str, Any]]):
+    """read_request; async callers have it done in a thread where it may take long.
+
+    Titles and filters are matched against the whole catalog, and a store may block.
+    """
+
+    async def ainvoke(
+        self, input: State, config: RunnableConfig | None = None, **_: Any
+    ) -> dict[str, Any]:
+        history = input.get("history") or ()
+        named = all(isinstance(item, str) and item.startswith(ID_MARK) for item in history)
+        asks = input.get("wishes") or input.get("filters")
+        if named and not asks and get_runtime().store is None:
+            return self.func(input)
+        return await run_in_executor(config, self.func, input)
+
+    def invoke(
+        self, input: State, config: RunnableConfig | None = None, **_: Any
+    ) -> dict[str, Any]:
+        return self.func(input)
+
+
+class _Route(RunnableLambda[State, str]):
+    """Where a run goes after a node; decided on the spot, where a plain function would be given to
+    a thread and traced.
+    """
+
+    def invoke(self, input: State, config: RunnableConfig | None = None, **_: Any) -> str:
+        return str(self.func(input))
+
+    async def ainvoke(self, input: State, config: RunnableConfig | None = None, **_: Any) -> str:
+        return str(self.func(input))
 
 
 async def _await(

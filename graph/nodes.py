@@ -257,7 +257,9 @@ async def call_trm(resources: Resources, state: State) -> dict[str, Any]:
         protocol.render_refusal(refused)
         if refused is not None
         else protocol.render_retrieved(
-            _shown(resources, found, step.settings), numbers, step.settings.answer_form
+            shown(resources, [item.id for item in found], step.settings),
+            numbers,
+            step.settings.answer_form,
         )
     )
     if edited and preference is not None:
@@ -276,10 +278,11 @@ async def call_trm(resources: Resources, state: State) -> dict[str, Any]:
     return step.update(pending=None, turns=[turn.model_dump()])
 
 
-def _shown(
-    resources: Resources, found: Sequence[RetrievedItem], settings: RunSettings
+def shown(
+    resources: Resources, item_ids: Iterable[str], settings: RunSettings
 ) -> list[protocol.ListedItem]:
-    items = [resources.listed(item.id) for item in found]
+    """Return retrieved items as the policy reads them."""
+    items = [resources.listed(item_id) for item_id in item_ids]
     return items if settings.list_attributes else [replace(item, attributes=()) for item in items]
 
 

@@ -97,7 +97,7 @@ class Step:
             max_tokens=min(bound for bound in bounds if bound is not None),
             temperature=self.settings.temperature,
             top_p=self.settings.top_p,
-            seed=self._seed(),
+            seed=generation_seed(self.settings, len(self._ids)),
             stop=stop,
             constraint=constraint,
         )
@@ -162,10 +162,11 @@ class Step:
         self.segments.append(segment(author, ids, logprobs))
         self._ids.extend(ids)
 
-    def _seed(self) -> int | None:
-        # One seed for all generations of a run would start each of them with the same draw.
-        seed = self.settings.seed
-        return None if seed is None else (seed * 1_000_003 + len(self._ids)) % 2**31
+
+def generation_seed(settings: RunSettings, tokens: int) -> int | None:
+    """Return the sampling seed of the generation that follows `tokens` tokens of a run."""
+    # One seed for all generations of a run would start each of them with the same draw.
+    return None if settings.seed is None else (settings.seed * 1_000_003 + tokens) % 2**31
 
 
 def answer_tokens(settings: RunSettings) -> int:

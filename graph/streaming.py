@@ -16,13 +16,13 @@ from contextvars import ContextVar, copy_context
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from langchain_core.callbacks import BaseCallbackManager
 from langchain_core.language_models import BaseChatModel
 from langchain_core.language_models.chat_models import agenerate_from_stream
 from langchain_core.messages import AIMessage, AIMessageChunk
 from langchain_core.messages.tool import tool_call_chunk
 from langchain_core.outputs import ChatGenerationChunk, ChatResult
-from langchain_core.runnables.config import ensure_config, get_async_callback_manager_for_config
-from langgraph.config import get_stream_writer
+from langgraph.config import get_config, get_stream_writer
 
 from . import protocol
 from .messages import answer_message, list_messages, thought_message
@@ -76,7 +76,8 @@ class _Listener:
 
         result = await engine.generate(replace(request, on_text=on_text))
         self._known = len(request.prompt_ids) + len(result.ids)
-        said = [token for token in result.ids if token != tokenizer.eos_token_id]
+        eos = tokenizer.eos_token_id
+        said = [token for token in result.ids if token != eos]
         self._grow(before + str(tokenizer.decode(said)))
         return result
 
@@ -128,7 +129,8 @@ def _writer() -> Tell | None:
 
 
 def _has_callbacks() -> bool:
-    return bool(get_async_callback_manager_for_config(ensure_config()).handlers)
+    callbacks = get_config().get("callbacks")
+    return bool(callbacks.handlers if isinstance(callbacks, BaseCallbackManager) else callbacks)
 
 
 def tell_thoughts(think: Node) -> Node:

@@ -141,9 +141,10 @@ def pieces(
         marks = [at for at, item in enumerate(segments) if item["author"] in HEARD]
         segments = segments[marks[-1] + 1 :] if marks else segments
     joined: list[tuple[Author, list[int]]] = []
+    eos = tokenizer.eos_token_id  # looked up at each asking, which takes long
     for item in segments:
         # Neighbours of one author are decoded together: a character may span two of them.
-        ids = [token for token in segment_ids(item).tolist() if token != tokenizer.eos_token_id]
+        ids = [token for token in segment_ids(item).tolist() if token != eos]
         if joined and joined[-1][0] == item["author"]:
             joined[-1][1].extend(ids)
         else:

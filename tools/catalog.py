@@ -8,7 +8,7 @@ readers in other threads see the old catalog or the new one. One process at a ti
 import math
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import NamedTuple
@@ -25,7 +25,6 @@ from .chroma_store import ChromaStore, Fingerprint, Progress, Rows
 from .interactions import Item
 from .search import Allowed
 from .snapshot import Snapshot, merge, some, take
-from .titles import sanitise_attributes
 
 __all__ = ["ID_MARK", "Candidates", "Catalog", "CatalogSettings", "Fingerprint", "Snapshot"]
 
@@ -157,9 +156,10 @@ class Catalog:
         now = self._snapshot
         return now.titles[int(now.positions([id_])[0])]
 
-    def display_attributes(self, id_: str) -> dict[str, tuple[str, ...]]:
+    def display_attributes(self, id_: str) -> Mapping[str, tuple[str, ...]]:
         """Its sanitised attributes. Raises CatalogError if there is no such item."""
-        return sanitise_attributes(self.item(id_).attributes)
+        now = self._snapshot
+        return now.shown_attributes(int(now.positions([id_])[0]))
 
     def resolve_title(self, text: str) -> str:
         """The id of the item whose title a person typed.

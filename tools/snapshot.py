@@ -1,7 +1,8 @@
 """A catalog at one moment, held in memory: what searches and lookups are answered from."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property, lru_cache
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -13,10 +14,11 @@ from .chroma_store import Rows
 from .filters import AttributeIndex, Filters
 from .interactions import Item
 from .search import Allowed
-from .titles import TitleIndex, display_titles
+from .titles import TitleIndex, display_titles, sanitise_attributes
 
 NO_FILTERS = Filters()
 _LISTED_IDS = 5
+_SHOWN_ITEMS = 65_536  # whose sanitised attributes are kept
 
 
 class Snapshot:
@@ -36,6 +38,7 @@ class Snapshot:
         for array in (self.vectors, self.text_embeddings):
             array.flags.writeable = False
         self._mask = lru_cache(maxsize=256)(self._make_mask)
+        self.shown_attributes = lru_cache(maxsize=_SHOWN_ITEMS)(self._sanitise_attributes)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -54,6 +57,10 @@ class Snapshot:
     def attributes(self) -> AttributeIndex:
         """Finds items by attributes."""
         return AttributeIndex(self.items)
+
+    def _sanitise_attributes(self, position: int) -> Mapping[str, tuple[str, ...]]:
+        """Return an item's attributes as they may be shown."""
+        return MappingProxyType(sanitise_attributes(self.items[position].attributes))
 
     def _make_mask(self, filters: Filters) -> NDArray[np.bool_]:
         return self.attributes.mask(filters)

@@ -68,13 +68,15 @@ class Generation:
 
     `finish` is "stop" (a stop string, named in `stop_string`, or a finished constraint), "eos",
     or "length" (`max_tokens` reached). An EOS token is part of `ids`. An engine that
-    is not trainable has no logprobs to give: they are NaN.
+    is not trainable has no logprobs to give: they are NaN. `cached_tokens` of the prompt were taken
+    from the engine's prefix cache; None where it doesn't say.
     """
 
     ids: tuple[int, ...]
     logprobs: tuple[float, ...]
     finish: Finish
     stop_string: str | None = None
+    cached_tokens: int | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if len(self.ids) != len(self.logprobs):

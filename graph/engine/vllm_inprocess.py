@@ -133,10 +133,11 @@ class VLLMEngine(Engine):
         )
         ids: list[int] = []
         logprobs: list[float] = []
+        cached: int | None = None
         last: CompletionOutput | None = None
         try:
             async for output in outputs:  # one, or piece by piece where somebody listens
-                last = output.outputs[0]
+                last, cached = output.outputs[0], output.num_cached_tokens
                 ids += last.token_ids
                 sampled = zip(last.logprobs or (), last.token_ids, strict=True)
                 logprobs += (at[token].logprob for at, token in sampled)
@@ -147,7 +148,7 @@ class VLLMEngine(Engine):
         if last is None:
             raise EngineError("vLLM ended a generation without a result")
         finish = _finish(last.finish_reason, last.stop_reason)
-        return Generation(tuple(ids), tuple(logprobs), *finish)
+        return Generation(tuple(ids), tuple(logprobs), *finish, cached_tokens=cached)
 
     def load_weights(self, weights: Mapping[str, Tensor]) -> None:
         """Replace the model's weights; the next generation is made with them.
@@ -164,6 +165,13 @@ class VLLMEngine(Engine):
     async def _load_weights(self, folder: str) -> None:
         await self._llm.collective_rpc("deeprec_load", args=(folder,))
         await self._llm.reset_prefix_cache()  # it holds keys and values of the old weights
+
+    def forget_prefixes(self) -> None:
+        """Empty the prefix cache, so that what is measured next has nothing from before.
+
+        Not to be called while generations are under way.
+        """
+        self._loop.submit(self._llm.reset_prefix_cache()).result()
 
     def unfinished(self) -> int:
         """Return the number of generations that the engine is working on."""

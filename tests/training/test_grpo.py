@@ -26,6 +26,7 @@ from deeprec.tools.retriever import Retriever
 from deeprec.tools.text_encoder import TextEncoder
 from deeprec.tools.workspace import Workspace
 from deeprec.training import rollout, run_grpo
+from deeprec.training import trainer as trainer_module
 from deeprec.training.checkpoints import newest_whole, seal
 from deeprec.training.configuration import LoRA
 from deeprec.training.curves import draw
@@ -36,7 +37,7 @@ from deeprec.training.rewards import RewardConfig, Rewarder
 from deeprec.training.rollout import Plan, describe, rows, widest
 from deeprec.training.run_grpo import GRPORun, train_stage
 from deeprec.training.selection import Example, SelectionConfig, candidates, select
-from deeprec.training.trainer import Trainer, without_padding
+from deeprec.training.trainer import Trainer, by_length, computed_on, without_padding
 from deeprec.training.trajectories import Rewards, Trajectory
 from deeprec.training.trajectory_file import read_trajectories
 
@@ -284,8 +285,79 @@ def test_the_environments_tokens_get_no_gradient(
     assert own.sum() == sum(sum(run.env_mask) for run in demonstrations)
     assert gradient[~own].abs().max() == 0
     assert (gradient[own] != 0).all(dim=0).any()
-    # Prompts and padding are not worth the head.
-    assert scored == [sum(len(run.completion_ids) for run in demonstrations)]
+    # Prompts, padding and the environment's tokens are not worth the head.
+    assert scored == [int(own.sum())]
+
+
+def test_rows_of_one_length_share_a_pass() -> None:
+    lengths = [5, 1, 4, 2, 3, 6]
+    masks = torch.tensor([[1] * n + [0] * (6 - n) for n in lengths])
+    step = [
+        {
+            "prompt_mask": torch.ones(2, 3),
+            "completion_mask": masks[at : at + 2],
+            "advantages": torch.tensor(lengths[at : at + 2]) * 10.0,
+            "names": [str(n) for n in lengths[at : at + 2]],
+            "num_items_in_batch": torch.tensor(21.0),
+            "old_per_token_logps": None,
+        }
+        for at in (0, 2, 4)
+    ]
+    dealt = by_length(step)
+    assert [each["advantages"].tolist() for each in dealt] == [[10, 20], [30, 40], [50, 60]]
+    assert [each["names"] for each in dealt] == [["1", "2"], ["3", "4"], ["5", "6"]]
+    assert [each["completion_mask"].sum(1).tolist() for each in dealt] == [[1, 2], [3, 4], [5, 6]]
+    assert all(each["num_items_in_batch"] == 21 for each in dealt)
+    assert all(each["old_per_token_logps"] is None for each in dealt)
+    told = computed_on(without_padding({**dealt[0], "tool_mask": dealt[0]["completion_mask"]}))
+    assert told == {"tokens/read": 9, "tokens/trained": 3, "tokens/padding_share": 1 - 9 / 10}
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "grpo", "dr_grpo"])
+def test_neither_the_order_of_rows_nor_the_unscored_tokens_change_a_step(
+    demonstrations: list[Trajectory],
+    tiny_llm: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    loss_type: str,
+) -> None:
+    eos = int(load_tokenizer(tiny_llm).eos_token_id)
+
+    def step(folder: str) -> dict[str, torch.Tensor]:
+        trainer = Trainer(
+            model=load_policy(tiny_llm, None, None),
+            reward_funcs=[lambda prompts, **_: [float(n) for n in range(len(prompts))]],
+            args=GRPOConfig(
+                str(tmp_path / folder),
+                per_device_train_batch_size=2,
+                gradient_accumulation_steps=2,
+                num_generations=4,
+                max_steps=1,
+                loss_type=loss_type,
+                optim="sgd",
+                learning_rate=1.0,
+                max_grad_norm=0.0,
+                bf16=False,
+                use_cpu=True,
+                report_to=[],
+                gradient_checkpointing=False,
+            ),
+            train_dataset=Dataset.from_dict({"prompt": ["cold_start/0"]}),
+            processing_class=load_tokenizer(tiny_llm),
+            rollout_func=lambda _, __: rows(demonstrations, eos),
+        )
+        trainer.train()
+        return {name: value.detach() for name, value in trainer.model.named_parameters()}
+
+    ours = step("ours")
+    monkeypatch.setattr(trainer_module, "by_length", list)
+    monkeypatch.setattr(trainer_module, "_scoring_only", lambda model, _, **given: model(**given))
+    plain = step("plain")
+    start = dict(load_policy(tiny_llm, None, None).named_parameters())
+    moved = max(float((plain[name] - value.detach()).abs().max()) for name, value in start.items())
+    apart = max(float((plain[name] - ours[name]).abs().max()) for name in plain)
+    assert moved > 1e-3
+    assert apart < 1e-4 * moved
 
 
 @pytest.fixture

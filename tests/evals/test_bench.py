@@ -1,0 +1,219 @@
+"""The benchmarks of speed: what they play is what the graph plays, and what they tell is so."""
+
+import asyncio
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from deeprec.errors import DeepRecError
+from deeprec.evals.bench import rollouts, suite
+from deeprec.evals.bench.command import Figure, machine, tell
+from deeprec.evals.bench.grpo_step import configuration, split
+from deeprec.evals.bench.replay import Call, Recorder
+from deeprec.evals.bench.retrieval import fresh_requests
+from deeprec.evals.bench.rollouts import (
+    added_cpu,
+    faster,
+    in_bare_loop,
+    in_graph,
+    in_lock_step,
+    prefix_reuse,
+    shared_prefill,
+)
+from deeprec.evals.bench.search_scale import break_even, exact, grown, hnsw
+from deeprec.graph.engine.base import Engine, Generation, GenerationRequest
+from deeprec.graph.state import Limits, RunSettings
+from deeprec.tools.workspace import Workspace
+from deeprec.training.run_grpo import GRPORun
+
+from ..graph.conftest import ScriptedEngine
+from ..graph.test_loop import answer, ask
+
+SCRIPTS = (
+    (ask("Comedy"), ask("comedy"), ask("Drama; 1990"), "done</think>", answer("#1", "#3"), ""),
+    (ask("Horror"), "enough</think>", answer("#2", "#2"), "more"),
+    ("I stop here.",),
+    tuple(ask(genre) for genre in ("Comedy", "Drama", "Horror", "Western", "1970", "1980")),
+    ("no end " * 100,),
+    ("nothing</think>", answer(), ""),
+    (ask("anything"), "good</think><recommendation_list>\n1. #1\n2. #2", answer("#1", "#2"), ""),
+)
+"""Runs that search, repeat themselves, end early, search too often, never end, answer wrongly."""
+
+
+class Scripts(Engine):
+    """A script for each run, told apart by its seed."""
+
+    name = "scripts"
+
+    def __init__(self) -> None:
+        self._engines = [ScriptedEngine(script, 4096) for script in SCRIPTS]
+        self.max_model_len = 4096
+        self.tokenizer = self._engines[0].tokenizer
+
+    def submit(self, request: GenerationRequest) -> Any:
+        assert request.seed is not None
+        # generation_seed takes the run's times this number, and adds the tokens so far.
+        return self._engines[request.seed // 1_000_003].submit(request)
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def runs() -> list[rollouts.Run]:
+    settings = RunSettings(
+        k=2,
+        retrieve_n=4,
+        decoding="free",
+        answer_form="numbers",
+        on_limit="fail",
+        fill=False,
+        limits=Limits(max_retrievals=3, max_new_tokens=64),
+    )
+    return [
+        ((str(nth), str(nth + 1)), settings.model_copy(update={"seed": nth}))
+        for nth in range(len(SCRIPTS))
+    ]
+
+
+def test_graph_bare_loop_and_lock_step_play_the_same(
+    place: Workspace, runs: list[rollouts.Run]
+) -> None:
+    retriever = place.retriever
+    recorders = [Recorder(Scripts()) for _ in range(3)]
+    graph = asyncio.run(in_graph(recorders[0], retriever, runs, at_once=3))
+    bare = asyncio.run(in_bare_loop(recorders[1], retriever, runs))
+    lock_step = asyncio.run(in_lock_step(recorders[2], retriever, runs, at_once=2))
+    assert graph == bare == lock_step
+    asked = [{call.request for call in recorder.calls} for recorder in recorders]
+    assert asked[0] == asked[1] == asked[2]
+    assert len(asked[0]) > 15
+    spent = added_cpu(recorders[0], retriever, runs, rounds=1)
+    assert min(spent.values()) > 0
+    recorders[0].calls.pop()
+    with pytest.raises((DeepRecError, AssertionError)):
+        added_cpu(recorders[0], retriever, runs, rounds=1)
+
+
+def test_who_waits_for_whom(place: Workspace, runs: list[rollouts.Run]) -> None:
+    """In lock-step no run is a turn ahead of another; in the bare loop the quick one is."""
+
+    class Slow(Scripts):
+        def __init__(self) -> None:
+            super().__init__()
+            self.order: list[int] = []
+
+        async def generate(self, request: GenerationRequest) -> Generation:
+            assert request.seed is not None
+            run = request.seed // 1_000_003
+            self.order.append(run)
+            await asyncio.sleep(0.2 if run == 0 else 0)
+            return await super().generate(request)
+
+    two = [runs[0], runs[3]]
+    orders = []
+    for schedule in (in_bare_loop, lambda *given: in_lock_step(*given, at_once=2)):
+        engine = Slow()
+        asyncio.run(schedule(engine, place.retriever, two))
+        orders.append(engine.order)
+    assert orders[0][:4] == [0, 3, 3, 3]
+    assert orders[1][:4] == [0, 3, 0, 3]
+
+
+def test_prefix_figures_by_hand() -> None:
+    def call(prompt: list[int], said: list[int], cached: int) -> Call:
+        request = GenerationRequest(prompt_ids=tuple(prompt), max_tokens=9)
+        logprobs = tuple(0.0 for _ in said)
+        return Call(request, Generation(tuple(said), logprobs, "eos", cached_tokens=cached))
+
+    first = call([1, 2, 3, 4], [5, 6], 0)
+    later = call([1, 2, 3, 4, 5, 6, 7, 8, 9, 10], [11], 5)
+    assert prefix_reuse([first, later]) == {
+        "generations": 1,
+        "prompt_tokens": 10,
+        "of_prompts": 0.5,
+        "of_seen": 5 / 6,
+    }
+    group = [call([1, 2, 3, 4], [nth], 0 if nth == 0 else 3) for nth in range(8)]
+    assert shared_prefill([*group, later]) == pytest.approx(0.75)
+
+
+def test_a_ratio_is_of_neighbours() -> None:
+    def rounds(*values: float) -> list[dict[str, float]]:
+        return [{"trajectories_per_second": value} for value in values]
+
+    assert faster({"a": rounds(2, 30, 5), "b": rounds(1, 10, 5)}, "a", "b") == 2
+
+
+def test_fresh_requests_differ(place: Workspace) -> None:
+    made = fresh_requests(place)
+    asked = [next(made).preference for _ in range(300)]
+    assert len(set(asked)) == 300
+
+
+def test_search_is_measured_on_what_the_catalog_holds() -> None:
+    vectors = np.random.default_rng(0).standard_normal((50, 8), dtype=np.float32)
+    users = np.random.default_rng(1).standard_normal((70, 8), dtype=np.float32)
+    assert grown(vectors, 3000).shape == (3000, 8)
+    by_exact = exact(3000, vectors, users)
+    by_hnsw = hnsw(3000, vectors, users)
+    assert by_exact["gib"] == 3000 * 8 * 4 / 2**30
+    assert by_hnsw["recall"] > 0.8
+    assert min(by_exact.values()) > 0
+
+
+def test_break_even_by_hand() -> None:
+    by_exact = {10: {"one_ms": 1.0}, 100: {"one_ms": 10.0}, 1000: {"one_ms": 100.0}}
+    assert break_even(by_exact, {10: {"one_ms": 1}, 100: {"one_ms": 20.0}}) == pytest.approx(200)
+
+
+def test_the_split_of_a_step(tmp_path: Path) -> None:
+    def row(generate: float, update: float) -> dict[str, float]:
+        return {
+            "seconds/generate": generate,
+            "seconds/update_before": update,
+            "seconds/sync": 1,
+            "seconds/reward": 0.5,
+        }
+
+    history = [row(50, 0), row(10, 20), row(30, 40), {"train_runtime": 1.0}]
+    assert split(history) == {"generate": 20, "update": 30, "sync": 1, "reward": 0.5}
+    with pytest.raises(DeepRecError, match="second step"):
+        split(history[:1])
+    config = configuration(tmp_path, "tiny", steps=2, rows_per_pass=4)
+    assert GRPORun.model_validate(json.loads(json.dumps(config))).kept == 4
+
+
+def test_a_figure_and_its_bar() -> None:
+    assert Figure("a", 1).met is None
+    assert Figure("a", 0.97, at_least=0.97).met is True
+    assert Figure("a", 0.96, at_least=0.97).met is False
+    assert Figure("a", 3.1, at_most=3).met is False
+    assert Figure("a", 3, at_most=3).bar == "≤ 3"
+
+
+def test_the_suite_goes_on_after_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def play(command: list[str], **_: Any) -> SimpleNamespace:
+        name = command[2].rpartition(".")[2]
+        if name == "retrieval":
+            return SimpleNamespace(returncode=1, stderr="no workspace")
+        figures = [Figure("import deeprec", 0.5, "s", at_most=0.2)]
+        tell(suite.Console(quiet=True), tmp_path, name, figures, where=machine(), details={})
+        return SimpleNamespace(returncode=0, stderr="")
+
+    monkeypatch.setattr(suite, "subprocess", SimpleNamespace(run=play, PIPE=-1))
+    with pytest.raises(suite.typer.Exit):
+        suite.main(only=None, output=tmp_path)
+    page = (tmp_path / "bench.md").read_text("utf-8")
+    assert "no workspace" in page
+    assert (
+        page.count("| import deeprec | 0.5 s | ≤ 0.2 | **missed** |") == len(suite.BENCHMARKS) - 1
+    )
+    found = json.loads((tmp_path / "bench.json").read_text("utf-8"))
+    assert set(found["benchmarks"]) == set(suite.BENCHMARKS)
+    assert found["machine"]["cores"] > 0
