@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 class Trainer(SafeSaving, GRPOTrainer):  # type: ignore[misc]  # trl is not typed
     """Logs how far the engine's logprobs are from those of the weights that are trained.
 
-    Both are of the tokens that the policy sampled. A gap means that engine and trainer don't compute
-    the same policy: stale weights, another precision, another template. At another temperature than
-    1 none is logged, since TRL divides the logits by it and the engine's logprobs do not.
+    Both are of the tokens that the policy sampled. A gap means that engine and trainer don't
+    compute the same policy: stale weights, another precision, another template. At another
+    temperature than 1 none is logged: TRL divides logits by it, the engine's logprobs are those
+    before.
 
     `token_baselines` gives, for the rows of the rollout before, what is taken off the advantage at
     each completion token, or None where a run has one advantage.
