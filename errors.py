@@ -92,3 +92,9 @@ class EvaluationError(DeepRecError):
     """An evaluation has no test user, its results are damaged, in use or of another data set, or a
     peer's environment is missing or fails.
     """
+
+
+class HeadError(DeepRecError):
+    """A recommendation head is missing, damaged, of another model or catalog, or its item
+    embeddings are stale.
+    """

@@ -85,6 +85,8 @@ class Settings(BaseSettings):
     model: str | None = None
     # Folder of a LoRA adapter of that LLM; none: the LLM as it is.
     adapter: Path | None = None
+    # Folder of a recommendation head (training/run_recpo.py), for R2ec and for rank: head.
+    head: Path | None = None
     # Hub name or folder of the sentence encoder; none: the demo's all-MiniLM-L6-v2.
     encoder: str | None = None
     # Where the server keeps threads: a SQLite file, or postgresql://user@host/database; none:
@@ -97,7 +99,7 @@ class Settings(BaseSettings):
     catalog: CatalogSettings = Field(default_factory=CatalogSettings)
     server: ServerSettings = Field(default_factory=ServerSettings)
 
-    @field_validator("home", "adapter", mode="after")
+    @field_validator("home", "adapter", "head", mode="after")
     @classmethod
     def _expanded(cls, path: Path | None) -> Path | None:
         return path.expanduser() if path else path

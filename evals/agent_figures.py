@@ -27,10 +27,16 @@ def is_strict(response: RecommendationResponse) -> bool:
 
 
 def lists_of(
-    runs: Sequence[RecommendationResponse | None], *, free: bool
+    runs: Sequence[RecommendationResponse | None], *, free: bool, searches: bool = True
 ) -> dict[ListName, list[list[str | None]]]:
-    """Each run's lists; empty where there is no run. Strict ones exist in free decoding alone."""
+    """Each run's lists; empty where there is no run. Strict ones exist in free decoding alone.
+
+    An agent that never searches has one list, and no format to keep to.
+    """
     named: dict[ListName, list[list[str | None]]] = {}
+    if not searches:
+        named["ranked"] = [[line.id for line in run.recommendations] if run else [] for run in runs]
+        return named
     if free:
         named["strict"] = [list(run.answer) if run and is_strict(run) else [] for run in runs]
     named["served"] = [[line.id for line in run.recommendations] if run else [] for run in runs]
@@ -60,6 +66,7 @@ class Runs:
     seed: int
     seconds: Sequence[float | None] = ()  # between answers, see Ranking
     price: Price | None = None
+    searches: bool = True  # else there is no format that a run could keep to
 
     def figures(self) -> AgentFigures:
         """All figures; a missing run counts as one that found and wrote nothing."""
@@ -97,7 +104,9 @@ class Runs:
             if longer is None
             else paired_p(found, longer, resamples=self.resamples, seed=self.seed),
             turns=self._turns(),
-            strict=self._interval(strict) if self.settings.decoding == "free" else None,
+            strict=self._interval(strict)
+            if self.searches and self.settings.decoding == "free"
+            else None,
             broken_rules=_counted(rule for run in there for rule in run.violations),
             answer_lines=sum(len(run.answer) for run in there),
             invented_lines=sum(run.answer.count(None) for run in there),

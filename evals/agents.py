@@ -17,6 +17,9 @@ from ..errors import EngineError, RequestError, SettingsError
 from ..graph.app import load_engine, run_settings
 from ..graph.build import build_graph
 from ..graph.engine.adapter import ADAPTER_WEIGHTS
+from ..graph.r2ec.build import build_r2ec_graph, r2ec_settings
+from ..graph.r2ec.head import head_digest, model_of_head
+from ..graph.r2ec.ranker import HeadRanker
 from ..graph.requests import parse_request
 from ..graph.state import RecommendationResponse, RunSettings
 from ..settings import Settings
@@ -73,7 +76,11 @@ def agent_settings(settings: Settings, entry: AgentEntry, config: EvalRun) -> Ru
     Raises RequestError for a malformed field, EngineError for an adapter that can't be read, and
     SettingsError where a run may retrieve more items than baselines list.
     """
-    chosen = run_settings(_own(settings, entry), k=config.k, seed=config.seed, **entry.settings)
+    own = _own(settings, entry)
+    given = {"k": config.k, "seed": config.seed, **entry.settings}
+    if entry.kind == "r2ec":
+        return r2ec_settings(own, **given)
+    chosen = run_settings(own, **given)
     most = chosen.limits.max_retrievals * chosen.retrieve_n
     if most > config.depth:
         raise SettingsError(
@@ -85,8 +92,14 @@ def agent_settings(settings: Settings, entry: AgentEntry, config: EvalRun) -> Ru
 
 
 def policy_digest(settings: Settings, entry: AgentEntry) -> str:
-    """Which LLM plays: its name, and the content of its adapter. Raises EngineError."""
+    """Which LLM plays, and which head ranks: names, and the content of adapter and head.
+
+    Raises EngineError, HeadError.
+    """
     own = _own(settings, entry)
+    if entry.head is not None:
+        llm = policy_digest(settings, entry.model_copy(update={"head": None}))
+        return f"{llm}, head {head_digest(entry.head)}"
     if own.engine.kind == "chat":
         return own.engine.chat_model
     if own.adapter is None:
@@ -117,19 +130,35 @@ class Engines:
         self._workspace = workspace
         self._of: tuple[str, Path | None] | None = None
         self._engine: Engine | None = None
+        self._ranker: HeadRanker | None = None
 
     def graph(
         self, entry: AgentEntry, settings: RunSettings
     ) -> CompiledStateGraph[Any, Any, Any, Any]:
         """Load what the entry's agent needs. Raises DeepRecError where a part is missing."""
         own, workspace = _own(self._workspace.settings, entry), self._workspace
-        retriever = self._blind if entry.kind == "blind_agent" else workspace.retriever
+        self._release_ranker()
+        if entry.head is not None:
+            self._ranker = HeadRanker.load(own, entry.head, workspace.catalog)
+            if entry.kind == "r2ec":
+                own = model_of_head(own, entry.head)
         wanted = (own.model_name, own.adapter)
         if self._engine is None or wanted != self._of:
             self._release()
             self._engine, self._of = load_engine(own), wanted
         histories = workspace.histories(hold_out=True)
-        return build_graph(self._engine, retriever, histories=histories, settings=settings)
+        if entry.kind == "r2ec" and self._ranker is not None:
+            return build_r2ec_graph(
+                self._engine, self._ranker, histories=histories, settings=settings
+            )
+        retriever = self._blind if entry.kind == "blind_agent" else workspace.retriever
+        return build_graph(
+            self._engine,
+            retriever,
+            histories=histories,
+            settings=settings,
+            ranker=self._ranker,
+        )
 
     @cached_property
     def _blind(self) -> BlindRetriever:
@@ -138,9 +167,15 @@ class Engines:
 
     def close(self) -> None:
         """Release what was loaded here."""
+        self._release_ranker()
         self._release()
         if "_blind" in self.__dict__:
             self._blind.close()
+
+    def _release_ranker(self) -> None:
+        if self._ranker is not None:
+            self._ranker.close()
+            self._ranker = None
 
     def _release(self) -> None:
         if self._engine is not None:
@@ -151,7 +186,11 @@ class Engines:
 def _own(settings: Settings, entry: AgentEntry) -> Settings:
     """The entry's LLM in the settings' place; an adapter of the settings' is not taken over."""
     return settings.model_copy(
-        update={"model": entry.model or settings.model, "adapter": entry.adapter}
+        update={
+            "model": entry.model or settings.model,
+            "adapter": entry.adapter,
+            "head": entry.head,
+        }
     )
 
 

@@ -51,12 +51,14 @@ class AgentEntry(_Part):
 
     Each of its runs is judged as it was written (free decoding alone), as it is served (open
     lines filled), and by its retrieved lists fused. One search at most makes it retrieve-then-rank.
-    A blind agent's TRM ignores the preferences that it is asked for.
+    A blind agent's TRM ignores the preferences that it is asked for. R2ec (graph/r2ec) has one
+    list, its head's; its LLM is the one that the head reads.
     """
 
-    kind: Literal["agent", "blind_agent"]
+    kind: Literal["agent", "blind_agent", "r2ec"]
     model: str | None = None  # hub name or folder of the LLM; none: the settings'
     adapter: Path | None = None  # folder of a LoRA adapter; none: the LLM as it is
+    head: Path | None = None  # folder of a recommendation head; for r2ec, and for rank: head
     # Fields of RunSettings that differ from what the adapter was trained with, else the defaults.
     settings: dict[str, Any] = Field(default_factory=dict)
 
@@ -67,6 +69,15 @@ class AgentEntry(_Part):
             if name in settings:
                 raise ValueError(f"{name} is set for all recommenders at once: drop it here")
         return settings
+
+    @model_validator(mode="after")
+    def _has_its_head(self) -> AgentEntry:
+        ranks = self.kind == "r2ec" or self.settings.get("rank") == "head"
+        if ranks and self.head is None:
+            raise ValueError("head is missing: name the folder of the recommendation head")
+        if self.head is not None and not ranks:
+            raise ValueError("head is named and nothing ranks by it: set rank: head, or drop it")
+        return self
 
 
 class RecBoleEntry(_Part):

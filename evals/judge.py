@@ -72,6 +72,7 @@ class Judge:
                 seed=self.config.seed,
                 seconds=[one.seconds for one in answers.rankings.values()],
                 price=self.config.cost,
+                searches=answers.entry.kind != "r2ec",
             ).figures()
             for answers in every
             if answers.settings is not None
@@ -81,7 +82,8 @@ class Judge:
         rankings = self._rankings(answers)
         if isinstance(answers.entry, AgentEntry):
             free = answers.settings is not None and answers.settings.decoding == "free"
-            named = lists_of([None if one is None else one.run for one in rankings], free=free)
+            runs = [None if one is None else one.run for one in rankings]
+            named = lists_of(runs, free=free, searches=answers.entry.kind != "r2ec")
         else:
             named = {"ranked": [[] if one is None else list(one.items) for one in rankings]}
         failures = sum(one is None or one.failure is not None for one in rankings)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda
 from langchain_core.runnables.config import run_in_executor
@@ -20,7 +20,7 @@ from .identity import check_user
 from .memory import Memory
 from .messages import request_message
 from .requests import defaulting_to, parse_request
-from .resources import Resources
+from .resources import Resources, Shelf
 from .state import MAX_RETRIEVALS, RecommendationRequest, RecommendationResponse, RunSettings, State
 from .streaming import tell_answer, tell_lists, tell_thoughts
 
@@ -30,6 +30,9 @@ if TYPE_CHECKING:
     from langgraph.store.base import BaseStore
 
     from ..tools.retriever import Retriever
+    from .r2ec.ranker import HeadRanker
+
+R = TypeVar("R")
 
 # LangGraph draws its forms from the input schema, and leaves the checking to us.
 _REQUEST_FIELDS = tuple(RecommendationRequest.model_fields)
@@ -45,6 +48,7 @@ def build_graph(
     settings: RunSettings | None = None,
     checkpointer: BaseCheckpointSaver[Any] | None = None,
     store: BaseStore | None = None,
+    ranker: HeadRanker | None = None,
 ) -> CompiledStateGraph[State, RunSettings, RecommendationRequest, RecommendationResponse]:
     """Compile the agent. It serves `invoke` and `ainvoke` alike, from any thread or loop.
 
@@ -57,6 +61,7 @@ def build_graph(
         checkpointer: where LangGraph keeps threads; none for rollouts. Runs that ask people need
             one (RunSettings.ask_before_search, ask_after_ranking; graph/people.py).
         store: where known users' memory is kept (graph/memory.py); none: nothing is remembered.
+        ranker: the recommendation head that runs with `rank="head"` need.
 
     The input is a RecommendationRequest (or a dict of its fields), the output a dict of
     RecommendationResponse's fields. Raises RequestError where a request can't be answered, and
@@ -65,7 +70,9 @@ def build_graph(
 
     """
     defaults = settings or RunSettings()
-    resources = Resources(engine, retriever, retriever.catalog, histories or {})
+    resources = Resources(
+        engine, retriever.catalog, histories or {}, retriever=retriever, ranker=ranker
+    )
     graph = StateGraph(
         State,
         context_schema=defaulting_to(defaults),
@@ -74,21 +81,11 @@ def build_graph(
     )
 
     def read_request(state: State) -> dict[str, Any]:
-        runtime = get_runtime(RunSettings)
-        context: object = runtime.context
-        chosen = context if isinstance(context, RunSettings) else defaults
-        if context is not None and chosen is defaults:  # a parent graph's own
-            logger.warning("ignoring a context that is no RunSettings: %s", type(context).__name__)
-        values: Mapping[str, Any] = state
-        given = {name: values[name] for name in _REQUEST_FIELDS if name in values}
-        request = parse_request(**given)
-        check_user(runtime.server_info, request.user_id)
-        people.check_can_ask(chosen)
-        memory = Memory.of(runtime.store, request.user_id)
-        update = nodes.read_request(resources, request, chosen, memory)
-        titles = [resources.catalog.display_title(item) for item in update["history_ids"]]
-        asked = request_message(request, run=update["run"], titles=titles)
-        return {**update, "messages": Overwrite([asked])}
+        def check(chosen: RunSettings) -> None:
+            people.check_can_ask(chosen)
+            ranking.check_ranker(resources, chosen)
+
+        return reading(resources, state, defaults, check)
 
     def review_answer(state: State) -> dict[str, Any]:
         runtime = get_runtime()
@@ -111,11 +108,11 @@ def build_graph(
     def after_answer_review(state: State) -> str:
         return END if state.get("stop_reason") else "think"
 
-    graph.add_node("read_request", _Reading(read_request))
-    graph.add_node("think", _Node(tell_thoughts(nodes.think), resources))
+    graph.add_node("read_request", Reading(read_request))
+    graph.add_node("think", Node(tell_thoughts(nodes.think), resources))
     graph.add_node("review_search", people.review_search)
-    graph.add_node("call_trm", _Node(tell_lists(nodes.call_trm), resources))
-    graph.add_node("rank", _Node(tell_answer(ranking.rank), resources))
+    graph.add_node("call_trm", Node(tell_lists(nodes.call_trm), resources))
+    graph.add_node("rank", Node(tell_answer(ranking.rank), resources))
     graph.add_node("review_answer", review_answer)
     graph.add_edge(START, "read_request")
     graph.add_edge("read_request", "think")
@@ -135,22 +132,50 @@ def build_graph(
     return compiled.with_config(recursion_limit=3 * MAX_RETRIEVALS + 8)
 
 
-class _Node(Runnable[State, dict[str, Any]]):
+def reading(
+    resources: Shelf,
+    state: State,
+    defaults: RunSettings,
+    check: Callable[[RunSettings], None],
+    **prompting: Any,
+) -> dict[str, Any]:
+    """Read the request off a state and its runtime; see nodes.read_request.
+
+    `check` refuses settings that the graph can't run with; `prompting` is what nodes.read_request
+    takes beside a request.
+    """
+    runtime = get_runtime(RunSettings)
+    context: object = runtime.context
+    chosen = context if isinstance(context, RunSettings) else defaults
+    if context is not None and chosen is defaults:  # a parent graph's own
+        logger.warning("ignoring a context that is no RunSettings: %s", type(context).__name__)
+    values: Mapping[str, Any] = state
+    given = {name: values[name] for name in _REQUEST_FIELDS if name in values}
+    request = parse_request(**given)
+    check_user(runtime.server_info, request.user_id)
+    check(chosen)
+    memory = Memory.of(runtime.store, request.user_id)
+    update = nodes.read_request(resources, request, chosen, memory, **prompting)
+    titles = [resources.catalog.display_title(item) for item in update["history_ids"]]
+    asked = request_message(request, run=update["run"], titles=titles)
+    return {**update, "messages": Overwrite([asked])}
+
+
+class Node(Runnable[State, dict[str, Any]], Generic[R]):
     """An async node for LangGraph's sync and async callers.
 
     Sync callers may sit inside a running loop (a notebook), so their node runs on a loop of ours.
     LangGraph traces the node; a RunnableLambda would trace it once more.
     """
 
-    def __init__(
-        self, node: Callable[[Resources, State], Awaitable[dict[str, Any]]], resources: Resources
-    ) -> None:
+    def __init__(self, node: Callable[[R, State], Awaitable[dict[str, Any]]], resources: R) -> None:
         self._node = node
         self._resources = resources
 
     def invoke(
         self, input: State, config: RunnableConfig | None = None, **_: Any
     ) -> dict[str, Any]:
+        """See Runnable."""
         future = _loop().submit(_await(self._node, self._resources, input))
         try:
             return future.result()
@@ -161,10 +186,11 @@ class _Node(Runnable[State, dict[str, Any]]):
     async def ainvoke(
         self, input: State, config: RunnableConfig | None = None, **_: Any
     ) -> dict[str, Any]:
+        """See Runnable."""
         return await self._node(self._resources, input)
 
 
-class _Reading(RunnableLambda[State, dict[str, Any]]):
+class Reading(RunnableLambda[State, dict[str, Any]]):
     """read_request; async callers have it done in a thread where it may take long.
 
     Titles and filters are matched against the whole catalog, and a store may block.
@@ -173,6 +199,7 @@ class _Reading(RunnableLambda[State, dict[str, Any]]):
     async def ainvoke(
         self, input: State, config: RunnableConfig | None = None, **_: Any
     ) -> dict[str, Any]:
+        """See Runnable."""
         history = input.get("history") or ()
         named = all(isinstance(item, str) and item.startswith(ID_MARK) for item in history)
         asks = input.get("wishes") or input.get("filters")
@@ -183,6 +210,7 @@ class _Reading(RunnableLambda[State, dict[str, Any]]):
     def invoke(
         self, input: State, config: RunnableConfig | None = None, **_: Any
     ) -> dict[str, Any]:
+        """See Runnable."""
         return self.func(input)
 
 
@@ -199,8 +227,8 @@ class _Route(RunnableLambda[State, str]):
 
 
 async def _await(
-    node: Callable[[Resources, State], Awaitable[dict[str, Any]]],
-    resources: Resources,
+    node: Callable[[R, State], Awaitable[dict[str, Any]]],
+    resources: R,
     state: State,
 ) -> dict[str, Any]:
     return await node(resources, state)

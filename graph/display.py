@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 _SOURCE = {
     "policy": ("policy", "green"),
     "guided": ("guided", "cyan"),
+    "head": ("head", "green"),
     "fused": ("filled (fused lists)", "yellow"),
     "trm": ("filled (TRM alone)", "yellow"),
 }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from . import protocol
 from .engine.base import Constraint
 from .memory import Memory
 from .requests import resolve_request
-from .resources import Resources
+from .resources import Resources, Shelf
 from .run import LimitReachedError, Step, answer_tokens
 from .state import (
     OUTAGES,
@@ -55,14 +55,21 @@ _REGEX_SPECIAL = re.compile(r"([\\^$.|?*+()\[\]{}])")
 
 
 def read_request(
-    resources: Resources,
+    resources: Shelf,
     request: RecommendationRequest,
     defaults: RunSettings,
     memory: Memory | None = None,
+    write: Callable[..., list[dict[str, str]]] = protocol.build_messages,
+    needs: Callable[[RunSettings], tuple[int, int]] = lambda run: (
+        answer_tokens(run),
+        _LEAST_THOUGHT,
+    ),
 ) -> dict[str, Any]:
     """Check a request against the catalog and write the prompt. Raises RequestError.
 
     `memory` is the user's: what they told before is read, and what they tell now is added.
+    `write` makes the prompt's messages, of the arguments of protocol.build_messages. `needs` says
+    how many tokens a run takes for its answer, and for its thoughts at least.
     """
     started = time.monotonic()
     engine = resources.engine
@@ -72,7 +79,7 @@ def read_request(
         request, defaults, resources.catalog, resources.histories, rejected
     )
     read = [resources.listed(item) for item in history[-settings.history_length :]]
-    messages = protocol.build_messages(
+    messages = write(
         read,
         k=settings.k,
         answer_form=settings.answer_form,
@@ -84,8 +91,8 @@ def read_request(
         messages, add_generation_prompt=True, return_dict=False
     )
     total = min(settings.limits.max_total_tokens, engine.max_model_len)
-    answer = answer_tokens(settings)
-    if len(prompt) + answer + _LEAST_THOUGHT > total:
+    answer, thought = needs(settings)
+    if len(prompt) + answer + thought > total:
         raise RequestError(
             f"the prompt takes {len(prompt)} of {total} tokens and the answer about {answer}, "
             "which leaves no room to think: lower history_length or k, or raise the engine's "

@@ -86,16 +86,27 @@ def build_messages(
     `wishes` are sanitised one-line statements of what the user asked for; `likes` and `dislikes`
     of what they said in earlier runs.
     """
-    seen = "\n".join(render_item(f"{rank}.", item) for rank, item in enumerate(history, 1))
-    parts = [f"The user's history, oldest first:\n{seen}"]
-    said = {"asks for": wishes, "said they like": likes, "said they dislike": dislikes}
-    parts += [f"The user {verb}: {'; '.join(lines)}" for verb, lines in said.items() if lines]
+    parts = request_parts(history, wishes=wishes, likes=likes, dislikes=dislikes)
     parts.append(f"Recommend {k} items.")
     answer = _ANSWER_TITLES if answer_form == "titles" else _ANSWER_NUMBERS
     return [
         {"role": "system", "content": "\n\n".join([_SYSTEM, _SEARCH, answer])},
         {"role": "user", "content": "\n\n".join(parts)},
     ]
+
+
+def request_parts(
+    history: Sequence[ListedItem],
+    *,
+    wishes: Sequence[str] = (),
+    likes: Sequence[str] = (),
+    dislikes: Sequence[str] = (),
+) -> list[str]:
+    """What a prompt says of the user, paragraph by paragraph."""
+    seen = "\n".join(render_item(f"{rank}.", item) for rank, item in enumerate(history, 1))
+    said = {"asks for": wishes, "said they like": likes, "said they dislike": dislikes}
+    told = [f"The user {verb}: {'; '.join(lines)}" for verb, lines in said.items() if lines]
+    return [f"The user's history, oldest first:\n{seen}", *told]
 
 
 def render_retrieved(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from ..errors import CatalogError, EncoderError
+from ..errors import CatalogError, EncoderError, RequestError
 from . import protocol
 from .engine.base import Constraint
 from .explanations import explanations
@@ -15,7 +16,7 @@ from .fusion import reciprocal_rank_fusion
 from .nodes import eligible, numbering, retrieve
 from .resources import Resources
 from .run import MIN_GENERATION, LimitReachedError, Step, closing
-from .state import Recommendation, Source, State, StopReason, Usage
+from .state import Recommendation, RunSettings, Source, State, StopReason, Usage
 from .transcript import last_round
 
 _END_TOKENS = 2
@@ -35,18 +36,24 @@ async def rank(resources: Resources, state: State) -> dict[str, Any]:
     turns: Sequence[Mapping[str, Any]] = state.get("turns", [])
     numbers = numbering(turns)
     candidates = [resources.listed(item_id) for item_id in eligible(resources, state, numbers)]
+    by_head = settings.rank == "head"
+    written = ""  # of the head's list, as the policy would have written it
+    answer: list[str | None] = []
     if failure is None:
         try:
-            await _write_answer(step, stop_reason, candidates, numbers)
+            if by_head:
+                written, answer = await _rank_by_head(resources, step, state, candidates)
+            else:
+                await _write_answer(step, stop_reason, candidates, numbers)
         except LimitReachedError as limit:
             stop_reason = limit.reason
             failure = {"reason": limit.reason, "detail": limit.detail}
-    form = settings.answer_form
-    entries = protocol.parse_answer(step.text(since_list=True)) or []
-    answer = protocol.resolve_entries(entries, candidates, numbers, form)
+    entries = protocol.parse_answer(written or step.text(since_list=True)) or []
+    if not by_head:
+        answer = protocol.resolve_entries(entries, candidates, numbers, settings.answer_form)
     retrievals = sum(turn["refused"] is None and bool(turn["preference"]) for turn in turns)
     violations = check_format(
-        last_round(step.pieces()),
+        [*last_round(step.pieces()), ("forced", written)],
         k=settings.k,
         retrievals=retrievals,
         entries=entries,
@@ -61,17 +68,7 @@ async def rank(resources: Resources, state: State) -> dict[str, Any]:
     if settings.explain:
         listed = [item_id for item_id, _ in lines]
         explained = explanations(listed, turns, state["history_ids"], resources.catalog)
-    transcript = step.transcript
-    usage = Usage(
-        prompt_tokens=transcript.count("prompt"),
-        policy_tokens=transcript.count("policy"),
-        guided_tokens=transcript.count("guided"),
-        chat_tokens=transcript.count("chat"),
-        forced_tokens=transcript.count("forced"),
-        environment_tokens=transcript.count("environment", "user"),
-        generations=int(state["counts"]["generations"]) + step.generations,
-        retrievals=retrievals,
-    )
+    usage = usage_of(step, state, retrievals=retrievals)
     update = step.update(
         recommendations=[
             Recommendation(
@@ -91,6 +88,67 @@ async def rank(resources: Resources, state: State) -> dict[str, Any]:
     )
     seconds = state["counts"]["seconds"] + update["counts"]["seconds"]
     return {**update, "usage": usage.model_copy(update={"seconds": seconds}).model_dump()}
+
+
+def usage_of(step: Step, state: State, *, retrievals: int) -> Usage:
+    """What a run cost so far, seconds left out."""
+    transcript = step.transcript
+    return Usage(
+        prompt_tokens=transcript.count("prompt"),
+        policy_tokens=transcript.count("policy"),
+        guided_tokens=transcript.count("guided"),
+        chat_tokens=transcript.count("chat"),
+        forced_tokens=transcript.count("forced"),
+        environment_tokens=transcript.count("environment", "user"),
+        generations=int(state["counts"]["generations"]) + step.generations,
+        retrievals=retrievals,
+    )
+
+
+def check_ranker(resources: Resources, settings: RunSettings) -> None:
+    """Raise RequestError where the head is to rank and none is loaded."""
+    if settings.rank == "head" and resources.ranker is None:
+        raise RequestError(
+            "rank is 'head' and no recommendation head is loaded: name its folder in "
+            "DEEPREC_HEAD, or set rank to 'generate'"
+        )
+
+
+async def _rank_by_head(
+    resources: Resources,
+    step: Step,
+    state: State,
+    candidates: Sequence[protocol.ListedItem],
+) -> tuple[str, list[str | None]]:
+    """Let the head order the candidates by the history and the last thought: one forward pass.
+
+    Gives the list as the policy would have written it, for the format rules, and its item ids.
+    Nothing of it enters the transcript but the end of the thought. Raises LimitReachedError.
+    """
+    from .r2ec.readings import user_ids
+
+    if resources.ranker is None:
+        raise RuntimeError("check_ranker lets no such run begin")
+    said = step.text(since_list=True)
+    if protocol.END_THINK not in said:
+        step.write("forced", f"\n{protocol.END_THINK}")
+    thought = protocol.parse_turn(said).thought
+    history = [
+        resources.listed(item) for item in state["history_ids"][-resources.ranker.history_length :]
+    ]
+    ids = user_ids(history, thought, resources.ranker.backbone.tokenizer)
+    left = step.check_time()
+    try:
+        async with asyncio.timeout(left):
+            user = await asyncio.wrap_future(resources.ranker.submit(ids))
+    except TimeoutError as error:
+        raise LimitReachedError("time_budget", "the time budget ran out in the ranking") from error
+    among = [item.id for item in candidates]
+    best = resources.ranker.best(user, step.settings.k, among=among)
+    titles = {item.id: item.title for item in candidates}
+    lines = [f"{rank}. {titles[item.id]}" for rank, item in enumerate(best, 1)]
+    text = "\n".join(["", protocol.BEGIN_ANSWER, *lines, protocol.END_ANSWER])
+    return text, [item.id for item in best]
 
 
 async def _write_answer(
@@ -152,6 +210,8 @@ async def _lines(
     """K distinct items: the policy's own lines, then fused lists, then the TRM alone."""
     k = step.settings.k
     own: Source = "guided" if step.settings.decoding == "guided" else "policy"
+    if step.settings.rank == "head":
+        own = "head"
     lines: dict[str, Source] = {item: own for item in answer if item is not None}
     if step.settings.fill:
         fused = reciprocal_rank_fusion(

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from ..tools.catalog import Catalog
 from ..tools.retriever import Retriever
@@ -13,29 +14,36 @@ from . import protocol
 from .engine.base import Engine
 from .format_rules import scripts_of
 
+if TYPE_CHECKING:
+    from .r2ec.ranker import HeadRanker
+
 _VOCABULARY = 48
 
 
 @dataclass(frozen=True)
-class Resources:
-    """What the nodes work with: the policy's engine, the TRM behind its retriever, the catalog.
+class Shelf:
+    """What a request is read with: the policy's engine and the catalog.
 
     `histories` maps a user id to item ids, oldest first; empty where users are unknown.
     """
 
     engine: Engine
-    retriever: Retriever
     catalog: Catalog
     histories: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     def listed(self, item_id: str) -> protocol.ListedItem:
         """Return the item as the policy reads it."""
-        attributes = self.catalog.display_attributes(item_id)
-        return protocol.ListedItem(
-            id=item_id,
-            title=self.catalog.display_title(item_id),
-            attributes=tuple(f"{name}: {', '.join(vs)}" for name, vs in attributes.items() if vs),
-        )
+        return listed_item(self.catalog, item_id)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources(Shelf):
+    """What the nodes of the loop work with: the TRM behind its retriever too, and the
+    recommendation head where one is loaded.
+    """
+
+    retriever: Retriever
+    ranker: HeadRanker | None = None
 
     @cached_property
     def scripts(self) -> frozenset[str]:
@@ -78,6 +86,16 @@ class Resources:
         ranked = dict.fromkeys([*_by_count(own), *_by_count(self._values)])
         kept = [value for value in ranked if value.casefold() not in led and ";" not in value]
         return kept[:_VOCABULARY]
+
+
+def listed_item(catalog: Catalog, item_id: str) -> protocol.ListedItem:
+    """Return an item of the catalog as an LLM reads it."""
+    attributes = catalog.display_attributes(item_id)
+    return protocol.ListedItem(
+        id=item_id,
+        title=catalog.display_title(item_id),
+        attributes=tuple(f"{name}: {', '.join(vs)}" for name, vs in attributes.items() if vs),
+    )
 
 
 def _by_count(counts: Counter[str]) -> list[str]:

@@ -19,9 +19,10 @@ from .protocol import AnswerForm
 from .transcript import Segment
 
 Decoding = Literal["free", "guided"]
-Source = Literal["policy", "guided", "fused", "trm"]
+Source = Literal["policy", "guided", "head", "fused", "trm"]
 """Who put a line into the answer: the policy writing freely; the policy under a grammar; the
-fused retrieved lists; the TRM alone. The last two are filled lines, not the policy's."""
+recommendation head; the fused retrieved lists; the TRM alone. The last two are filled lines, not
+the policy's."""
 
 FILLED: frozenset[Source] = frozenset({"fused", "trm"})
 
@@ -135,13 +136,24 @@ class RunSettings(_Model):
         description="Retrieved lists show attributes, not only titles (half of a run's tokens).",
     )
     answer_form: AnswerForm = Field("titles", description="Answer lines name titles or numbers.")
+    rank: Literal["generate", "head"] = Field(
+        "generate",
+        description="generate: the policy writes the list. head: the recommendation head ranks "
+        "what was retrieved, and nothing is written (DEEPREC_HEAD names one).",
+    )
+    reasoning: bool = Field(
+        True, description="R2ec writes a thought before it ranks; DeepRec always thinks."
+    )
     temperature: float = Field(0.0, ge=0, le=2, description="Sampling temperature; 0 is greedy.")
     top_p: float = Field(1.0, gt=0, le=1, description="Nucleus sampling.")
     seed: int | None = Field(
         None, ge=-(2**63), lt=2**63, description="Sampling seed; none draws anew each run."
     )
     thought_tokens: int = Field(
-        96, ge=1, le=MAX_TOKENS, description="Guided decoding: tokens of one thought at most."
+        96,
+        ge=1,
+        le=MAX_TOKENS,
+        description="Tokens of one thought at most, in guided decoding and of R2ec.",
     )
     on_limit: Literal["answer", "fail"] = Field(
         "answer",
@@ -215,7 +227,8 @@ class Turn(_Model):
 
 
 class Recommendation(_Model):
-    """One line of the answer. `score` is the item's best TRM score of the run, if any.
+    """One line of the answer. `score` is the item's best TRM score of the run, if any; R2ec's is
+    its head's.
 
     With RunSettings.explain: `turn` (from 1) and `preference` of the search that first brought
     the item in, None where none did, and `reason`, one sentence of facts.

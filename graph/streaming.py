@@ -30,10 +30,9 @@ from .transcript import Transcript
 
 if TYPE_CHECKING:
     from .engine.base import Engine, Generation, GenerationRequest
-    from .resources import Resources
     from .state import State
 
-Node = Callable[["Resources", "State"], Awaitable[dict[str, Any]]]
+Node = Callable[[Any, "State"], Awaitable[dict[str, Any]]]
 Tell = Callable[[dict[str, Any]], None]
 
 _listener: ContextVar[_Listener | None] = ContextVar("deeprec_listener", default=None)
@@ -136,7 +135,7 @@ def _has_callbacks() -> bool:
 def tell_thoughts(think: Node) -> Node:
     """Wrap `think`: its thought is told while it grows, then its preference."""
 
-    async def run(resources: Resources, state: State) -> dict[str, Any]:
+    async def run(resources: Any, state: State) -> dict[str, Any]:
         write, as_chat = _writer(), _has_callbacks()
         if write is None and not as_chat:
             update = await think(resources, state)
@@ -185,7 +184,7 @@ def _rest(message: AIMessage, told: str) -> AIMessageChunk:
 def tell_lists(call_trm: Node) -> Node:
     """Wrap `call_trm`: the titles that it found are told, or why it found none."""
 
-    async def run(resources: Resources, state: State) -> dict[str, Any]:
+    async def run(resources: Any, state: State) -> dict[str, Any]:
         update = await call_trm(resources, state)
         write = _writer()
         if write is not None and not update.get("stop_reason"):
@@ -203,7 +202,7 @@ def tell_answer(rank: Node) -> Node:
     The message is the list that is answered, filled lines included.
     """
 
-    async def run(resources: Resources, state: State) -> dict[str, Any]:
+    async def run(resources: Any, state: State) -> dict[str, Any]:
         write = _writer()
         if write is None:
             update = await rank(resources, state)

@@ -21,14 +21,17 @@ if TYPE_CHECKING:
 _TRAINED_WITH = {"answer_form", "retrieve_n", "history_length", "list_attributes"}
 
 
-def load_policy(base: str, start: Path | None, lora: LoRA | None) -> PreTrainedModel:
-    """Load the model in float32, with a trainable adapter if `lora` asks for one.
+def load_policy(
+    base: str, start: Path | None, lora: LoRA | None, *, dtype: str = "float32"
+) -> PreTrainedModel:
+    """Load the model, in float32 unless told, with a trainable adapter if `lora` asks for one.
+
+    `dtype` is that of the weights under an adapter; the adapter itself is float32.
 
     `start` is a folder that an earlier run left: an adapter of `base`, or a whole model in its
     place. Raises SettingsError where it is neither, or an adapter is to be trained on as a whole
     model.
     """
-    import torch
     from peft import PeftModel, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -46,9 +49,7 @@ def load_policy(base: str, start: Path | None, lora: LoRA | None) -> PreTrainedM
         raise SettingsError(f"{start} lacks {ADAPTER_WEIGHTS}: weights are read from safetensors")
     name = str(start) if start is not None and not adapter else base
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, use_safetensors=True
-        )
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True)
     except OSError as error:
         raise SettingsError(f"{name} can't be read as a model: {error}") from error
     if adapter:

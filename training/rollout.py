@@ -184,18 +184,14 @@ class Rollouts:
         example = self._plan.example(prompt)
         seed = np.random.SeedSequence([self._seed, step, nth]).generate_state(1)[0]
         settings = self._settings.model_copy(update={"seed": int(seed) % 2**31})
-        state = await self._graph.ainvoke(
-            {"history": [f"id:{item}" for item in example.history]},
-            context=settings,
-            output_keys=list(RUN_KEYS),
-        )
-        return Trajectory.from_state(
-            state,
+        return await play(
+            self._graph,
+            example,
+            settings,
             self._tokenizer,
             id=id_,
             model=self._model,
-            model_fingerprint=f"{self._plan.stage}@{step}",
-            target=example.target,
+            fingerprint=f"{self._plan.stage}@{step}",
         )
 
     def reward(
@@ -224,6 +220,32 @@ class Rollouts:
     def close(self) -> None:
         """End the loop's thread."""
         self._loop.close()
+
+
+async def play(
+    graph: Any,
+    example: Example,
+    settings: RunSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    id: str,
+    model: str,
+    fingerprint: str,
+) -> Trajectory:
+    """Run the graph once over an example's history; keywords name the trajectory."""
+    state = await graph.ainvoke(
+        {"history": [f"id:{item}" for item in example.history]},
+        context=settings,
+        output_keys=list(RUN_KEYS),
+    )
+    return Trajectory.from_state(
+        state,
+        tokenizer,
+        id=id,
+        model=model,
+        model_fingerprint=fingerprint,
+        target=example.target,
+    )
 
 
 def widest(totals: Sequence[float | None], count: int) -> list[int]:

@@ -140,6 +140,11 @@ class GRPORun(BaseModel):
         missing = [name for name in names if name not in self.selection.shares]
         if missing:
             raise ValueError(f"selection.shares deals no users out to {', '.join(missing)}")
+        if self.run.rank == "head":
+            raise ValueError(
+                "run.rank is head: the list is then no policy's doing, and has no token to learn; "
+                "run_recpo.py with agent: deeprec trains both heads"
+            )
         if self.run.temperature == 0:
             raise ValueError("run.temperature is 0: a group of greedy runs has nothing to compare")
         return self

@@ -69,7 +69,7 @@ async def in_graph(
 
 async def in_bare_loop(engine: Engine, retriever: Retriever, runs: Sequence[Run]) -> Segments:
     """Play all runs at once without LangGraph."""
-    resources = Resources(engine, retriever, retriever.catalog)
+    resources = Resources(engine, retriever.catalog, {}, retriever=retriever)
     played = await asyncio.gather(*(play(resources, *run) for run in runs))
     return [each.segments for each in played]
 
@@ -78,7 +78,7 @@ async def in_lock_step(
     engine: Engine, retriever: Retriever, runs: Sequence[Run], *, at_once: int
 ) -> Segments:
     """Play all runs turn by turn, at most `at_once` of their generations at a time."""
-    resources = Resources(Gate(engine, at_once), retriever, retriever.catalog)
+    resources = Resources(Gate(engine, at_once), retriever.catalog, {}, retriever=retriever)
     played = await play_in_lock_step(
         resources, [history for history, _ in runs], [settings for _, settings in runs]
     )

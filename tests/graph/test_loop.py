@@ -664,7 +664,9 @@ def test_guided_words_are_no_numbers(retriever: Retriever) -> None:
     before = retriever.catalog.item("7")
     retriever.upsert([odd])
     try:
-        words = Resources(ScriptedEngine([], 8192), retriever, retriever.catalog).vocabulary([], [])
+        words = Resources(
+            ScriptedEngine([], 8192), retriever.catalog, retriever=retriever
+        ).vocabulary([], [])
     finally:
         retriever.upsert([before])
     assert set(words) == {"Comedy", "Drama", "Horror", "Western"}

@@ -243,7 +243,8 @@ def test_langgraph_json_names_what_is_there() -> None:
     import deeprec
 
     named = json.loads((Path(deeprec.__file__).parent / "langgraph.json").read_text())
-    for path in (named["graphs"]["deeprec"]["path"], named["http"]["app"]):
+    graphs = [named["graphs"][name]["path"] for name in ("deeprec", "r2ec")]
+    for path in (*graphs, named["http"]["app"]):
         module, _, name = path.partition(":")
         assert hasattr(importlib.import_module(module), name)
     for part in ("checkpointer", "store"):

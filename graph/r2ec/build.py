@@ -1,0 +1,158 @@
+"""build_r2ec_graph: think, then rank by the head, compiled; it takes and answers what DeepRec does.
+
+`app` is what langgraph.json points at.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+from langgraph.graph import END, START, StateGraph
+
+from ...errors import HeadError, RequestError
+from ...settings import Settings, load_settings
+from ...tools.workspace import Workspace
+from ..app import load_engine, run_settings
+from ..build import Node, Reading, reading
+from ..engine.base import Engine
+from ..requests import defaulting_to
+from ..state import RecommendationRequest, RecommendationResponse, RunSettings, State
+from ..streaming import tell_answer, tell_thoughts
+from . import nodes
+from .head import model_of_head, read_card
+from .nodes import HeadShelf, check_asks_nobody
+from .ranker import HeadRanker
+from .readings import build_messages
+
+if TYPE_CHECKING:
+    from langgraph.checkpoint.base import BaseCheckpointSaver
+    from langgraph.graph.state import CompiledStateGraph
+    from langgraph.store.base import BaseStore
+
+_loading = threading.Lock()
+_NO_HEAD = (
+    "no recommendation head is named: set DEEPREC_HEAD to the `final` folder of a run of "
+    "training/run_recpo.py"
+)
+
+
+def build_r2ec_graph(
+    engine: Engine,
+    ranker: HeadRanker,
+    *,
+    histories: Mapping[str, Sequence[str]] | None = None,
+    settings: RunSettings | None = None,
+    checkpointer: BaseCheckpointSaver[Any] | None = None,
+    store: BaseStore | None = None,
+) -> CompiledStateGraph[State, RunSettings, RecommendationRequest, RecommendationResponse]:
+    """Compile R2ec over an engine and a head that reads the same LLM's states.
+
+    Arguments, input, output and errors are those of graph.build.build_graph; the catalog is the
+    ranker's. Of RunSettings it reads k, history_length, reasoning, thought_tokens, explain,
+    sampling and limits.
+    """
+    defaults = settings or RunSettings()
+    shelf = HeadShelf(engine, ranker.catalog, histories or {}, ranker=ranker)
+    graph = StateGraph(
+        State,
+        context_schema=defaulting_to(defaults),
+        input_schema=RecommendationRequest,
+        output_schema=RecommendationResponse,
+    )
+
+    def read_request(state: State) -> dict[str, Any]:
+        return reading(
+            shelf, state, defaults, check_asks_nobody, write=build_messages, needs=nodes.needs
+        )
+
+    graph.add_node("read_request", Reading(read_request))
+    graph.add_node("think", Node(tell_thoughts(nodes.think), shelf))
+    graph.add_node("rank", Node(tell_answer(nodes.rank), shelf))
+    graph.add_edge(START, "read_request")
+    graph.add_edge("read_request", "think")
+    graph.add_edge("think", "rank")
+    graph.add_edge("rank", END)
+    compiled = graph.compile(checkpointer=checkpointer, store=store, name="r2ec")
+    compiled.stream_channels = [
+        name for name in compiled.stream_channels_list if name != "segments"
+    ]
+    return compiled
+
+
+def load_r2ec_graph(
+    workspace: Workspace,
+    settings: RunSettings | None = None,
+    *,
+    hold_out: bool = False,
+    engine: Engine | None = None,
+) -> CompiledStateGraph[Any, Any, Any, Any]:
+    """Load catalog, head and engine; see graph.app.load_graph. The head is the settings' `head`.
+
+    Raises HeadError where the settings name none, or one of another model or catalog.
+    """
+    own = workspace.settings
+    folder = own.head
+    if folder is None:
+        raise HeadError(_NO_HEAD)
+    ranker = HeadRanker.load(own, folder, workspace.catalog)
+    engine = engine or load_engine(model_of_head(own, folder))
+    return build_r2ec_graph(
+        engine,
+        ranker,
+        histories=workspace.histories(hold_out=hold_out),
+        settings=settings or r2ec_settings(own),
+    )
+
+
+def r2ec_settings(settings: Settings, **given: object) -> RunSettings:
+    """Settings of R2ec's runs: what is given, else as the head was trained. Raises HeadError."""
+    length = (
+        {} if settings.head is None else {"history_length": read_card(settings.head).history_length}
+    )
+    own = settings.model_copy(update={"adapter": settings.head}) if settings.head else settings
+    return run_settings(own, {"decoding": "free", "thought_tokens": 48, **length}, **given)
+
+
+@lru_cache(maxsize=1)
+def _loaded() -> CompiledStateGraph[Any, Any, Any, Any]:
+    settings = load_settings()
+    return _refusing() if settings.head is None else load_r2ec_graph(Workspace(settings))
+
+
+def _refusing() -> CompiledStateGraph[Any, Any, Any, Any]:
+    """A graph of the same schemas whose runs say that no head is named: whoever lists the server's
+    graphs asks for this one too.
+    """
+    graph = StateGraph(
+        State,
+        context_schema=RunSettings,
+        input_schema=RecommendationRequest,
+        output_schema=RecommendationResponse,
+    )
+
+    def read_request(state: State) -> dict[str, Any]:
+        raise RequestError(_NO_HEAD)
+
+    graph.add_node("read_request", read_request)
+    graph.add_edge(START, "read_request")
+    return graph.compile(name="r2ec")
+
+
+def r2ec_graph() -> CompiledStateGraph[Any, Any, Any, Any]:
+    """Return R2ec by the settings in the environment, loading it at the first call.
+
+    Where they name no head, its runs raise RequestError.
+    """
+    with _loading:
+        return _loaded()
+
+
+async def served() -> CompiledStateGraph[Any, Any, Any, Any]:
+    """Give LangGraph's server the same graph, without holding up its event loop."""
+    if _loaded.cache_info().currsize:
+        return _loaded()
+    return await asyncio.to_thread(r2ec_graph)

@@ -1,0 +1,374 @@
+"""RecPO: one LLM learns to reason and to rank by reward, with both of its heads at once.
+
+    python training/run_recpo.py --config training/configs/recpo_ml100k.yaml
+
+First the recommendation head is fitted by the item loss alone (training/head_start.py), then the
+LLM and the head are trained by their runs of a graph (training/recpo_trainer.py): R2ec's, or
+DeepRec's with `rank: head`. Rollouts are played on the training part only. A killed run goes on
+where its last checkpoint stands.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from argparse import RawTextHelpFormatter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from rich.console import Console
+
+from deeprec.configuration import keep_config, load_config, write_json, write_text
+from deeprec.errors import SettingsError
+from deeprec.graph.app import local_engine, tuned_model
+from deeprec.graph.build import build_graph
+from deeprec.graph.engine.adapter import ADAPTER_CONFIG
+from deeprec.graph.engine.limits import check_model_folder
+from deeprec.graph.engine.tokenizer import load_tokenizer
+from deeprec.graph.r2ec.backbone import Backbone
+from deeprec.graph.r2ec.build import build_r2ec_graph
+from deeprec.graph.r2ec.head import (
+    HeadCard,
+    RecommendationHead,
+    load_head,
+    read_card,
+    save_head,
+    weights_fingerprint,
+)
+from deeprec.graph.r2ec.items import ItemStates, catalog_readings, content_key
+from deeprec.graph.r2ec.ranker import HeadRanker
+from deeprec.graph.r2ec.readings import VERSION
+from deeprec.graph.state import RunSettings
+from deeprec.settings import Settings, load_settings
+from deeprec.terminal import tells_errors
+from deeprec.tools.progress import trm_progress
+from deeprec.tools.workspace import Workspace
+from deeprec.training.card import quarters
+from deeprec.training.configuration import LoRA
+from deeprec.training.ground import TARGETS_PER_USER, select_users, training_ground
+from deeprec.training.head_start import HeadStart, fit_head, readings_of, states_of
+from deeprec.training.policy import keep_run_settings, load_policy
+from deeprec.training.recpo import RecPO
+from deeprec.training.recpo_trainer import RecPOTrainer
+from deeprec.training.rollout import Plan
+from deeprec.training.selection import Example, SelectionConfig, candidates, share_out
+
+if TYPE_CHECKING:
+    from deeprec.tools.catalog import Catalog
+    from deeprec.tools.retriever import Retriever
+
+STAGE: Literal["recommendation"] = "recommendation"
+FIGURES = ("reward/total", "reward/ndcg", "reward/ndcg@10", "reward/probability", "engine_gap/mean")
+
+
+class RecPORun(BaseModel):
+    """The configuration file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    output: Path  # trajectories, checkpoint, and the heads: `head` before RecPO, `final` after it
+    workspace: str = "ml-100k"  # a prepared one (`make demo` prepares this)
+    model: str | None = None  # hub name or folder of the LLM; none: the settings' model
+    start: Path | None = None  # adapter or model that an earlier run left
+    # Folder of a head to start from; none: one is fitted by head_start into `head`.
+    head: Path | None = None
+    head_start: HeadStart = HeadStart()
+    agent: Literal["r2ec", "deeprec"] = "r2ec"  # whose graph is played; deeprec with rank: head
+    seed: int = 0
+    steps: int = Field(ge=0)  # of all; more of them go on with a run. 0: fit the head alone
+    users_per_step: int = Field(8, ge=2)  # in-batch negatives are the others' targets
+    group_size: int = Field(4, ge=2)  # †, chains of each user
+    updates: int = Field(1, ge=1)  # optimiser steps for each step's runs
+    examples: int | None = Field(None, ge=1)  # of the selection, the first; none: all
+    selection: SelectionConfig = SelectionConfig(
+        targets_per_user=TARGETS_PER_USER, shares={STAGE: 1.0}
+    )
+    objective: RecPO = RecPO()
+    run: RunSettings = RunSettings(
+        decoding="free", history_length=8, thought_tokens=32, temperature=1.0, on_limit="fail"
+    )
+    max_length: int = Field(2048, ge=512)  # tokens of one run
+    lora: LoRA | None = LoRA()  # none: train all weights
+    precision: Literal["bfloat16", "float32"] = "bfloat16"  # of products; weights of the adapter,
+    # of the head, and of the whole LLM without an adapter, are float32
+    learning_rate: float = Field(1e-5, gt=0)
+    head_learning_rate: float = Field(1e-4, gt=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    refresh_every: int = Field(8, ge=1)  # steps after which all items are read anew
+    save_every: int = Field(2, ge=1)
+    shuffle_rewards: bool = False  # the control run, which must not learn
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> RecPORun:
+        if self.run.temperature != 1:
+            raise ValueError(
+                f"run.temperature is {self.run.temperature}: logprobs are taken at temperature 1, "
+                "and a group that was sampled at another one is not the policy's: set 1"
+            )
+        if (self.run.rank == "head") != (self.agent == "deeprec"):
+            raise ValueError("run.rank: head belongs to agent: deeprec, and to no other: set both")
+        if STAGE not in self.selection.shares:
+            raise ValueError(f"selection.shares deals no users out to {STAGE}")
+        if self.agent == "r2ec" and not self.run.reasoning:
+            raise ValueError("run.reasoning is false: without a thought there is no chain to train")
+        return self
+
+
+def run(config: RecPORun, console: Console) -> Path:
+    """Fit the head, then train by reward; gives the folder of the head."""
+    own = {} if config.model is None else {"model": config.model}
+    settings = load_settings(workspace=config.workspace, **own)
+    base = settings.model_name
+    check_model_folder(base)
+    if config.start is not None and not config.start.is_dir():
+        raise SettingsError(f"start {config.start} does not exist: train that run first")
+    keep_config(config, config.output, free=frozenset({"save_every", "steps"}))
+    workspace = Workspace(settings)
+    workspace.ensure_assets(lambda message: console.print(f"  {message}", style="dim"))
+    head_folder = config.head or config.output / "head"
+    if config.head is None and not (head_folder / "head.json").exists():
+        start_head(config, settings, workspace, head_folder, console)
+    if config.steps == 0:
+        return head_folder
+    final = config.output / "final"
+    finished = final / "finished.json"
+    if finished.exists() and json.loads(finished.read_text("utf-8"))["steps"] >= config.steps:
+        console.print("trained already")
+        return final
+    catalog, retriever, examples = _ground(config, workspace, console)
+    with console.status("Loading the LLM"):
+        engine = local_engine(base, settings.engine, max_model_len=config.max_length)
+    ranker: HeadRanker | None = None
+    try:
+        llm = load_policy(
+            base,
+            config.start,
+            config.lora,
+            dtype="auto" if config.lora and config.precision == "bfloat16" else "float32",
+        )
+        llm.eval()
+        ranker = _live_ranker(config, llm, base, head_folder, catalog)
+        graph = (
+            build_r2ec_graph(engine, ranker)
+            if retriever is None
+            else build_graph(engine, retriever, ranker=ranker)
+        )
+        trainer = RecPOTrainer(
+            graph=graph,
+            load_weights=engine.load_weights,
+            llm=llm,
+            ranker=ranker,
+            plan=Plan(STAGE, examples, config.steps * config.users_per_step, config.seed),
+            settings=config.run,
+            objective=config.objective,
+            folder=config.output,
+            model=engine.name,
+            users_per_step=config.users_per_step,
+            group_size=config.group_size,
+            updates=config.updates,
+            refresh_every=config.refresh_every,
+            learning_rates=(config.learning_rate, config.head_learning_rate),
+            max_grad_norm=config.max_grad_norm,
+            save_every=config.save_every,
+            seed=config.seed,
+            shuffle_rewards=config.shuffle_rewards,
+        )
+        trainer.train(config.steps, lambda row: _tell(row, console))
+        _leave(config, settings, workspace, llm, ranker, trainer.log, final, console)
+    finally:
+        if ranker is not None:
+            ranker.close()
+        engine.close()
+        if retriever is not None:
+            retriever.close()
+    return final
+
+
+def start_head(
+    config: RecPORun, settings: Settings, workspace: Workspace, folder: Path, console: Console
+) -> None:
+    """Fit a head over the states of the LLM as it starts, and keep it with its item states."""
+    own = settings
+    if config.start is not None:
+        adapter = (config.start / ADAPTER_CONFIG).is_file()
+        change = {"adapter": config.start} if adapter else {"model": str(config.start)}
+        own = settings.model_copy(update=change)
+    backbone = Backbone.load(tuned_model(own), dtype=settings.engine.dtype)
+    data, catalog = workspace.data, workspace.catalog
+    length = config.run.history_length
+    readings = readings_of(
+        data,
+        workspace.split,
+        catalog,
+        backbone,
+        config.head_start,
+        history_length=length,
+        seed=config.seed,
+    )
+    parts = config.output / "states"
+    users, targets, owners = states_of(
+        readings,
+        backbone,
+        parts,
+        progress=lambda done, total: console.print(f"  readings {done} of {total}", style="dim"),
+    )
+    weights = weights_fingerprint(settings.model_name, config.start)
+    states = ItemStates.read(folder, weights)
+    sequences = catalog_readings(catalog, backbone)
+    now = catalog.snapshot
+    items = states.of(sequences, backbone)
+    order = torch_index([now.index[item.id] for item in data.items])
+    head = RecommendationHead(backbone.dim)
+    rows = fit_head(head, users, targets, owners, items[order], seed=config.seed)
+    write_json(folder / "log.json", rows)
+    best = min(rows, key=lambda row: row["valid_loss"])
+    console.print(
+        f"head: ridge {best['ridge']:g}, held-out loss {best['valid_loss']:.3f}, NDCG@10 "
+        f"{best['ndcg@10']:.3f} (the past not left out)"
+    )
+    states.save(folder)
+    keep_run_settings(config.run, folder)
+    save_head(folder, head, _card(config, settings, catalog, sequences, weights, head))
+
+
+def torch_index(places: Sequence[int]) -> Any:
+    """Places as an index of a tensor's rows."""
+    import torch
+
+    return torch.tensor(list(places), dtype=torch.long)
+
+
+def _card(
+    config: RecPORun,
+    settings: Settings,
+    catalog: Catalog,
+    sequences: Sequence[Sequence[int]],
+    weights: str,
+    head: RecommendationHead,
+) -> HeadCard:
+    return HeadCard(
+        base=Path(settings.model_name).name,
+        dim=head.dim,
+        readings=VERSION,
+        dataset=Workspace(settings).data.fingerprint,
+        weights=weights,
+        history_length=config.run.history_length,
+        trained_items=tuple(content_key(sequence) for sequence in sequences),
+    )
+
+
+def _ground(
+    config: RecPORun, workspace: Workspace, console: Console
+) -> tuple[Catalog, Retriever | None, list[Example]]:
+    """Catalog, retriever (DeepRec's alone) and examples, of the training part."""
+    data = workspace.data
+    if config.agent == "deeprec":
+        with trm_progress(console) as progress:
+            ground = training_ground(workspace, progress=progress)
+        selection = select_users(workspace, ground, config.selection)
+        selection.save(config.output / "selection.json")
+        examples = selection.examples(STAGE, data)
+        return ground.catalog, ground.retriever, examples[: config.examples]
+    import numpy as np
+
+    # R2ec has no TRM whose reach would bound what it can learn: everybody is within reach.
+    given = candidates(workspace.split, config.selection)
+    chosen = share_out(given, np.zeros(len(given), dtype=np.int64), config.selection)[STAGE]
+    examples = [
+        Example(
+            data.user_ids[given[at].user],
+            tuple(data.items[item].id for item in given[at].history.tolist()),
+            data.items[given[at].target].id,
+        )
+        for at in chosen
+    ]
+    return workspace.catalog, None, examples[: config.examples]
+
+
+def _live_ranker(
+    config: RecPORun, llm: Any, base: str, folder: Path, catalog: Catalog
+) -> HeadRanker:
+    """Make a ranker over the LLM that is trained; its head is trained as well."""
+    card = read_card(folder)
+    inner = llm.get_base_model() if hasattr(llm, "get_base_model") else llm
+    body = getattr(inner, inner.base_model_prefix)
+    backbone = Backbone(body, load_tokenizer(base), autocast=config.precision == "bfloat16")
+    return HeadRanker(
+        backbone,
+        load_head(folder, card),
+        catalog,
+        ItemStates.read(folder, card.weights),
+        history_length=config.run.history_length,
+    )
+
+
+def _leave(
+    config: RecPORun,
+    settings: Settings,
+    workspace: Workspace,
+    llm: Any,
+    ranker: HeadRanker,
+    log: Sequence[dict[str, float]],
+    final: Path,
+    console: Console,
+) -> None:
+    """Write the LLM, its head, its settings and a card."""
+    llm.save_pretrained(str(final))
+    if config.lora is None:
+        ranker.backbone.tokenizer.save_pretrained(str(final))
+    keep_run_settings(config.run, final)
+    weights = weights_fingerprint(settings.model_name, final)
+    sequences = catalog_readings(ranker.catalog, ranker.backbone)
+    card = _card(config, settings, ranker.catalog, sequences, weights, ranker.head)
+    save_head(final, ranker.head, card)
+    rows = [(name, found) for name in FIGURES if (found := quarters(log, name))]
+    for name, (first, last) in rows:
+        console.print(f"  {name:<20} first quarter {first:.4f}, last quarter {last:.4f}")
+    table = "\n".join(f"| {name} | {first:.4f} | {last:.4f} |" for name, (first, last) in rows)
+    write_text(
+        final / "README.md",
+        f"# {card.base}, taught to reason and rank ({workspace.data.name})\n\n"
+        f"A recommendation head and the LLM that it reads, for DeepRec's graph `{config.agent}`: "
+        f"set DEEPREC_HEAD to this folder. {config.steps} steps of RecPO"
+        f"{', rewards shuffled: a control' if config.shuffle_rewards else ''}; no user's "
+        "validation or test item was a target or in a prompt.\n\n"
+        f"| figure | first quarter | last quarter |\n| --- | --- | --- |\n{table}\n",
+    )
+    write_json(final / "finished.json", {"steps": config.steps})
+
+
+def _tell(row: dict[str, float], console: Console) -> None:
+    console.print(
+        f"  step {row['step']:>3}  reward {row['reward/total']:.4f}  "
+        f"NDCG@10 {row['reward/ndcg@10']:.4f}  tokens {row['run/policy_tokens']:.0f}  "
+        f"{row['seconds/generate']:.0f} s played, {row['seconds/update']:.0f} s learnt"
+    )
+
+
+@tells_errors
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; gives the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="YAML file, see RecPORun")
+    parser.add_argument("--output", type=Path, help="instead of the file's output folder")
+    parser.add_argument("--head", type=Path, help="instead of the file's head")
+    parser.add_argument("--workspace", help="instead of the file's workspace")
+    parser.add_argument("--seed", type=int, help="instead of the file's seed")
+    parser.add_argument(
+        "--shuffle-rewards",
+        action="store_true",
+        default=None,
+        help="the control run, which must not learn",
+    )
+    given = vars(parser.parse_args(arguments))
+    console = Console()
+    final = run(load_config(given.pop("config"), RecPORun, **given), console)
+    console.print(f"Trained: {final}", soft_wrap=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
