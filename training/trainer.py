@@ -34,7 +34,7 @@ class Trainer(SafeSaving, GRPOTrainer):  # type: ignore[misc]  # trl is not type
     def __init__(
         self,
         *args: Any,
-        token_baselines: Callable[[], Sequence[Sequence[float]] | None],
+        token_baselines: Callable[[], Sequence[Sequence[float]] | None] = lambda: None,
         **kwargs: Any,
     ) -> None:
         score_labelled_positions_only()
