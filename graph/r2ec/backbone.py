@@ -50,7 +50,9 @@ class Backbone:
         check_model_folder(model)
         gpu = torch.cuda.is_available()
         try:
-            body = AutoModel.from_pretrained(model, dtype=dtype if gpu else cpu_dtype(dtype))
+            body = AutoModel.from_pretrained(
+                model, dtype=dtype if gpu else cpu_dtype(dtype), use_safetensors=True
+            )
         except (OSError, ValueError) as error:
             raise HeadError(f"model {model!r} can't be read for its states: {error}") from error
         return cls(body.to("cuda" if gpu else "cpu").eval(), load_tokenizer(model))
