@@ -6,13 +6,14 @@ refused.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -45,6 +46,33 @@ def load_config(path: Path, model: type[ConfigT], **changes: object) -> ConfigT:
             for problem in error.errors()
         )
         raise SettingsError(f"{path}: {problems}") from error
+
+
+class RunArguments(argparse.ArgumentParser, Generic[ConfigT]):
+    """A command line of a run: its configuration file, and options that replace single fields.
+
+    `--config` and `--output` are every run's; add_argument adds others, named as their fields.
+    """
+
+    def __init__(self, description: str | None, model: type[ConfigT]) -> None:
+        super().__init__(description=description, formatter_class=argparse.RawTextHelpFormatter)
+        self._model = model
+        file = f"YAML file, see {model.__name__}"
+        self.add_argument("--config", type=Path, required=True, help=file)
+        self.replaces("output", type=Path)
+
+    def replaces(self, field: str, **options: Any) -> None:
+        """Add an option for a field; argparse's `options` say how it is read."""
+        name = field.replace("_", "-")
+        self.add_argument(f"--{name}", help=f"instead of the file's {field}", **options)
+
+    def configuration(self, arguments: Sequence[str] | None) -> ConfigT:
+        """Read the command line (None: the process's own) and the file that it names.
+
+        Raises SettingsError as load_config does.
+        """
+        given = vars(self.parse_args(arguments))
+        return load_config(given.pop("config"), self._model, **given)
 
 
 def keep_config(config: BaseModel, folder: Path, *, free: frozenset[str] = frozenset()) -> None:

@@ -6,15 +6,12 @@ The same as `deeprec eval`. A run that was cut off goes on where it stood; one t
 judged anew from what is stored. What it does is in deeprec/evals/evaluate.py.
 """
 
-import argparse
 import sys
-from argparse import RawTextHelpFormatter
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 
-from deeprec.configuration import load_config
+from deeprec.configuration import RunArguments
 from deeprec.evals.config import EvalRun
 from deeprec.evals.evaluate import REPORT, TABLE, evaluate
 from deeprec.settings import load_settings
@@ -33,11 +30,7 @@ def run(config: EvalRun, console: Console) -> None:
 @tells_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; gives the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True, help="YAML file, see EvalRun")
-    parser.add_argument("--output", type=Path, help="instead of the file's output folder")
-    given = vars(parser.parse_args(arguments))
-    run(load_config(given.pop("config"), EvalRun, **given), Console())
+    run(RunArguments(__doc__, EvalRun).configuration(arguments), Console())
     return 0
 
 

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from ..tools.retriever import Retriever
     from .r2ec.ranker import HeadRanker
 
+    Opened = StateGraph[State, RunSettings, RecommendationRequest, RecommendationResponse]
+    Compiled = CompiledStateGraph[State, RunSettings, RecommendationRequest, RecommendationResponse]
+
 R = TypeVar("R")
 
 # LangGraph draws its forms from the input schema, and leaves the checking to us.
@@ -49,7 +52,7 @@ def build_graph(
     checkpointer: BaseCheckpointSaver[Any] | None = None,
     store: BaseStore | None = None,
     ranker: HeadRanker | None = None,
-) -> CompiledStateGraph[State, RunSettings, RecommendationRequest, RecommendationResponse]:
+) -> Compiled:
     """Compile the agent. It serves `invoke` and `ainvoke` alike, from any thread or loop.
 
     Args:
@@ -73,12 +76,7 @@ def build_graph(
     resources = Resources(
         engine, retriever.catalog, histories or {}, retriever=retriever, ranker=ranker
     )
-    graph = StateGraph(
-        State,
-        context_schema=defaulting_to(defaults),
-        input_schema=RecommendationRequest,
-        output_schema=RecommendationResponse,
-    )
+    graph = opened(defaults)
 
     def read_request(state: State) -> dict[str, Any]:
         def check(chosen: RunSettings) -> None:
@@ -123,13 +121,34 @@ def build_graph(
     graph.add_conditional_edges("call_trm", _Route(after_retrieval), ["think", "rank"])
     graph.add_conditional_edges("rank", _Route(after_ranking), ["review_answer", END])
     graph.add_conditional_edges("review_answer", _Route(after_answer_review), ["think", END])
-    compiled = graph.compile(checkpointer=checkpointer, store=store, name="deeprec")
-    # Token ids are for machines: they are kept, and left out of what people are shown.
-    compiled.stream_channels = [
-        name for name in compiled.stream_channels_list if name != "segments"
-    ]
+    compiled = sealed(graph, "deeprec", checkpointer=checkpointer, store=store)
     # A turn takes up to three steps; LangGraph's default of 25 would cut a run of many turns.
     return compiled.with_config(recursion_limit=3 * MAX_RETRIEVALS + 8)
+
+
+def opened(defaults: RunSettings) -> Opened:
+    """Give a graph without nodes that takes and answers what every recommender here does."""
+    return StateGraph(
+        State,
+        context_schema=defaulting_to(defaults),
+        input_schema=RecommendationRequest,
+        output_schema=RecommendationResponse,
+    )
+
+
+def sealed(
+    graph: Opened,
+    name: str,
+    *,
+    checkpointer: BaseCheckpointSaver[Any] | None = None,
+    store: BaseStore | None = None,
+) -> Compiled:
+    """Compile a graph. Token ids are for machines: kept, and left out of what people are shown."""
+    compiled = graph.compile(checkpointer=checkpointer, store=store, name=name)
+    compiled.stream_channels = [
+        channel for channel in compiled.stream_channels_list if channel != "segments"
+    ]
+    return compiled
 
 
 def reading(

@@ -1,11 +1,11 @@
 """(history, preference, k, filters) → scored items, for many callers at once.
 
-One worker thread takes all that waits as one batch: preferences are encoded once, the TRM runs
-once, the catalog is searched once. It never waits for more, so a lone request is served at once.
+Requests that wait are one batch (tools/batching.py): preferences are encoded once, the TRM runs
+once, the catalog is searched once.
 """
 
 import threading
-from collections import OrderedDict, defaultdict, deque
+from collections import OrderedDict, defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import CatalogError, RequestError
+from .batching import Batcher
 from .catalog import Catalog
 from .filters import Filters
 from .interactions import Item, item_text
@@ -96,11 +97,9 @@ class Retriever:
         self._seen: Snapshot | None = None  # the snapshot that the caches are of
         self._rows = np.zeros(0, dtype=np.int64)  # its positions' rows in the TRM
         self._check_vectors()
-        self._waiting: deque[tuple[RetrievalRequest, Future[_Answer]]] = deque()
-        self._wake = threading.Condition()
-        self._closed = False
-        self._worker = threading.Thread(target=self._work, name="deeprec-retriever", daemon=True)
-        self._worker.start()
+        self._batches = Batcher[RetrievalRequest, _Answer](
+            self._serve, name="retriever", limit=_MAX_BATCH
+        )
 
     @property
     def catalog(self) -> Catalog:
@@ -114,13 +113,7 @@ class Retriever:
         filters, and a k below 1 or above the number of eligible items. Cancelling it before it
         runs frees its place. Callable from any thread or event loop (`asyncio.wrap_future`).
         """
-        future: Future[_Answer] = Future()
-        with self._wake:
-            if self._closed:
-                raise RuntimeError("the retriever is closed")
-            self._waiting.append((request, future))
-            self._wake.notify()
-        return future
+        return self._batches.submit(request)
 
     def retrieve(self, requests: Sequence[RetrievalRequest]) -> list[list[ScoredItem]]:
         """Answer several requests; raises what the first failing one raises."""
@@ -143,12 +136,7 @@ class Retriever:
 
     def close(self) -> None:
         """Cancel what waits, finish what runs, and end the worker."""
-        with self._wake:
-            self._closed = True
-            while self._waiting:
-                self._waiting.popleft()[1].cancel()
-            self._wake.notify()
-        self._worker.join()
+        self._batches.close()
 
     def __enter__(self) -> "Retriever":
         return self
@@ -161,19 +149,7 @@ class Retriever:
     ) -> None:
         self.close()
 
-    def _work(self) -> None:
-        while True:
-            with self._wake:
-                while not self._waiting and not self._closed:
-                    self._wake.wait()
-                if not self._waiting:
-                    return
-                taken = [
-                    self._waiting.popleft() for _ in range(min(_MAX_BATCH, len(self._waiting)))
-                ]
-            self._serve([pair for pair in taken if pair[1].set_running_or_notify_cancel()])
-
-    def _serve(self, batch: list[tuple[RetrievalRequest, "Future[_Answer]"]]) -> None:
+    def _serve(self, batch: Sequence[tuple[RetrievalRequest, "Future[_Answer]"]]) -> None:
         """Answer a batch. What fails in company is tried alone, so that it fails only itself."""
         try:
             now = self._snapshot()

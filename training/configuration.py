@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from ..configuration import RunArguments
 from ..errors import SettingsError
 
 
@@ -31,6 +32,18 @@ class LoRA(BaseModel):
             target_modules="all-linear",
             task_type="CAUSAL_LM",
         )
+
+
+def add_learning_options(parser: RunArguments[Any]) -> None:
+    """Add what may be replaced in every run that learns by reward."""
+    parser.replaces("workspace")
+    parser.replaces("seed", type=int)
+    parser.add_argument(
+        "--shuffle-rewards",
+        action="store_true",
+        default=None,
+        help="the control run, which must not learn",
+    )
 
 
 def check_options(options: Mapping[str, Any], arguments: type, taken: frozenset[str]) -> None:

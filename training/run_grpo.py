@@ -8,11 +8,9 @@ A killed run goes on where its last checkpoint stands, with the same examples in
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
-from argparse import RawTextHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from rich.console import Console
 
-from deeprec.configuration import keep_config, keep_origin, load_config, write_json
+from deeprec.configuration import RunArguments, keep_config, keep_origin, write_json
 from deeprec.errors import SettingsError
 from deeprec.graph.app import local_engine
 from deeprec.graph.build import build_graph
@@ -33,7 +31,7 @@ from deeprec.terminal import tells_errors
 from deeprec.tools.progress import trm_progress
 from deeprec.tools.workspace import Workspace
 from deeprec.training.card import FIGURES, leave_results, quarters
-from deeprec.training.configuration import LoRA, check_options
+from deeprec.training.configuration import LoRA, add_learning_options, check_options
 from deeprec.training.ground import TARGETS_PER_USER, select_users, training_ground
 from deeprec.training.rewards import RewardConfig, Rewarder, Rules, Stage
 from deeprec.training.selection import Selection, SelectionConfig
@@ -324,22 +322,13 @@ def _arguments(config: GRPORun, stage: StageRun, folder: Path) -> Any:
 @tells_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; gives the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True, help="YAML file, see GRPORun")
-    parser.add_argument("--output", type=Path, help="instead of the file's output folder")
-    parser.add_argument("--start", type=Path, help="instead of the file's start")
-    parser.add_argument("--workspace", help="instead of the file's workspace")
-    parser.add_argument("--seed", type=int, help="instead of the file's seed")
-    parser.add_argument(
-        "--shuffle-rewards",
-        action="store_true",
-        default=None,
-        help="the control run, which must not learn",
-    )
-    given = vars(parser.parse_args(arguments))
+    parser = RunArguments(__doc__, GRPORun)
+    parser.replaces("start", type=Path)
+    add_learning_options(parser)
+    config = parser.configuration(arguments)
     console = Console()
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-    final = run(load_config(given.pop("config"), GRPORun, **given), console)
+    final = run(config, console)
     console.print(f"Trained: {final}", soft_wrap=True)
     return 0
 

@@ -10,10 +10,8 @@ where its last checkpoint stands.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
-from argparse import RawTextHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from rich.console import Console
 
-from deeprec.configuration import keep_config, load_config, write_json, write_text
+from deeprec.configuration import RunArguments, keep_config, write_json, write_text
 from deeprec.errors import SettingsError
 from deeprec.graph.app import local_engine, tuned_model
 from deeprec.graph.build import build_graph
@@ -47,7 +45,7 @@ from deeprec.terminal import tells_errors
 from deeprec.tools.progress import trm_progress
 from deeprec.tools.workspace import Workspace
 from deeprec.training.card import quarters
-from deeprec.training.configuration import LoRA
+from deeprec.training.configuration import LoRA, add_learning_options
 from deeprec.training.ground import TARGETS_PER_USER, select_users, training_ground
 from deeprec.training.head_start import HeadStart, fit_head, readings_of, states_of
 from deeprec.training.policy import keep_run_settings, load_policy
@@ -351,21 +349,12 @@ def _tell(row: dict[str, float], console: Console) -> None:
 @tells_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; gives the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True, help="YAML file, see RecPORun")
-    parser.add_argument("--output", type=Path, help="instead of the file's output folder")
-    parser.add_argument("--head", type=Path, help="instead of the file's head")
-    parser.add_argument("--workspace", help="instead of the file's workspace")
-    parser.add_argument("--seed", type=int, help="instead of the file's seed")
-    parser.add_argument(
-        "--shuffle-rewards",
-        action="store_true",
-        default=None,
-        help="the control run, which must not learn",
-    )
-    given = vars(parser.parse_args(arguments))
+    parser = RunArguments(__doc__, RecPORun)
+    parser.replaces("head", type=Path)
+    add_learning_options(parser)
+    config = parser.configuration(arguments)
     console = Console()
-    final = run(load_config(given.pop("config"), RecPORun, **given), console)
+    final = run(config, console)
     console.print(f"Trained: {final}", soft_wrap=True)
     return 0
 

@@ -8,10 +8,8 @@ the environment wrote is masked. The model, or its LoRA adapter, is left in the 
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
-from argparse import RawTextHelpFormatter
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -21,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 from rich.progress import Progress
 
-from deeprec.configuration import keep_config, keep_origin, load_config
+from deeprec.configuration import RunArguments, keep_config, keep_origin
 from deeprec.errors import SettingsError, TrajectoryError
 from deeprec.graph.engine.adapter import weights_digest
 from deeprec.graph.engine.limits import check_model_folder
@@ -216,14 +214,12 @@ def _arguments(arguments: type, config: SFTRun) -> Any:
 @tells_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; gives the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True, help="YAML file, see SFTRun")
-    parser.add_argument("--output", type=Path, help="instead of the file's output folder")
-    parser.add_argument("--workspace", help="instead of the file's workspace")
-    given = vars(parser.parse_args(arguments))
+    parser = RunArguments(__doc__, SFTRun)
+    parser.replaces("workspace")
+    config = parser.configuration(arguments)
     console = Console()
     os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-    final = run(load_config(given.pop("config"), SFTRun, **given), console)
+    final = run(config, console)
     console.print(f"Trained: {final}", soft_wrap=True)
     return 0
 

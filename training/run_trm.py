@@ -8,10 +8,8 @@ finished are kept. What one fit does is in deeprec/tools/trm/fit.py; this script
 records and sums up.
 """
 
-import argparse
 import sys
 import time
-from argparse import RawTextHelpFormatter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -20,7 +18,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
 from rich.console import Console
 
-from deeprec.configuration import load_config
+from deeprec.configuration import RunArguments
 from deeprec.errors import TRMError
 from deeprec.settings import load_settings
 from deeprec.terminal import tells_errors
@@ -196,16 +194,11 @@ class Fitter:
 @tells_errors
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; gives the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True, help="YAML file, see TRMRun")
-    parser.add_argument(
-        "--data", type=Path, help="instead of the file's data set or the workspace's"
-    )
-    parser.add_argument("--encoder", help="instead of the file's sentence encoder or the settings'")
-    parser.add_argument("--output", type=Path, help="instead of the file's output folder")
-    parser.add_argument("--seeds", type=int, nargs="+", help="instead of the file's seeds")
-    given = vars(parser.parse_args(arguments))
-    run(load_config(given.pop("config"), TRMRun, **given), Console())
+    parser = RunArguments(__doc__, TRMRun)
+    parser.replaces("data", type=Path)
+    parser.replaces("encoder")
+    parser.replaces("seeds", type=int, nargs="+")
+    run(parser.configuration(arguments), Console())
     return 0
 
 

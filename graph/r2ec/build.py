@@ -11,16 +11,15 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from langgraph.graph import END, START, StateGraph
+from langgraph.graph import END, START
 
 from ...errors import HeadError, RequestError
 from ...settings import Settings, load_settings
 from ...tools.workspace import Workspace
 from ..app import load_engine, run_settings
-from ..build import Node, Reading, reading
+from ..build import Node, Reading, opened, reading, sealed
 from ..engine.base import Engine
-from ..requests import defaulting_to
-from ..state import RecommendationRequest, RecommendationResponse, RunSettings, State
+from ..state import RunSettings, State
 from ..streaming import tell_answer, tell_thoughts
 from . import nodes
 from .head import model_of_head, read_card
@@ -32,6 +31,8 @@ if TYPE_CHECKING:
     from langgraph.checkpoint.base import BaseCheckpointSaver
     from langgraph.graph.state import CompiledStateGraph
     from langgraph.store.base import BaseStore
+
+    from ..build import Compiled
 
 _loading = threading.Lock()
 _NO_HEAD = (
@@ -48,7 +49,7 @@ def build_r2ec_graph(
     settings: RunSettings | None = None,
     checkpointer: BaseCheckpointSaver[Any] | None = None,
     store: BaseStore | None = None,
-) -> CompiledStateGraph[State, RunSettings, RecommendationRequest, RecommendationResponse]:
+) -> Compiled:
     """Compile R2ec over an engine and a head that reads the same LLM's states.
 
     Arguments, input, output and errors are those of graph.build.build_graph; the catalog is the
@@ -57,12 +58,7 @@ def build_r2ec_graph(
     """
     defaults = settings or RunSettings()
     shelf = HeadShelf(engine, ranker.catalog, histories or {}, ranker=ranker)
-    graph = StateGraph(
-        State,
-        context_schema=defaulting_to(defaults),
-        input_schema=RecommendationRequest,
-        output_schema=RecommendationResponse,
-    )
+    graph = opened(defaults)
 
     def read_request(state: State) -> dict[str, Any]:
         return reading(
@@ -76,11 +72,7 @@ def build_r2ec_graph(
     graph.add_edge("read_request", "think")
     graph.add_edge("think", "rank")
     graph.add_edge("rank", END)
-    compiled = graph.compile(checkpointer=checkpointer, store=store, name="r2ec")
-    compiled.stream_channels = [
-        name for name in compiled.stream_channels_list if name != "segments"
-    ]
-    return compiled
+    return sealed(graph, "r2ec", checkpointer=checkpointer, store=store)
 
 
 def load_r2ec_graph(
@@ -127,19 +119,14 @@ def _refusing() -> CompiledStateGraph[Any, Any, Any, Any]:
     """A graph of the same schemas whose runs say that no head is named: whoever lists the server's
     graphs asks for this one too.
     """
-    graph = StateGraph(
-        State,
-        context_schema=RunSettings,
-        input_schema=RecommendationRequest,
-        output_schema=RecommendationResponse,
-    )
+    graph = opened(RunSettings())
 
     def read_request(state: State) -> dict[str, Any]:
         raise RequestError(_NO_HEAD)
 
     graph.add_node("read_request", read_request)
     graph.add_edge(START, "read_request")
-    return graph.compile(name="r2ec")
+    return sealed(graph, "r2ec")
 
 
 def r2ec_graph() -> CompiledStateGraph[Any, Any, Any, Any]:

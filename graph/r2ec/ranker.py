@@ -1,13 +1,13 @@
 """The head over a catalog: what ranks items for a reading, in one forward pass.
 
-One worker thread takes all readings that wait as one batch, and never waits for more.
+Readings that wait are one batch (tools/batching.py).
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ...errors import HeadError
 from ...tools import search
+from ...tools.batching import Batcher
 from ...tools.filters import Filters
 from ...tools.retriever import ScoredItem
 from ...tools.snapshot import NO_FILTERS
@@ -86,11 +87,7 @@ class HeadRanker:
         self._table: ItemTable | None = None
         self._users: OrderedDict[str, Tensor] = OrderedDict()
         self._reading = threading.Lock()
-        self._waiting: deque[tuple[Sequence[int], Future[Tensor]]] = deque()
-        self._wake = threading.Condition()
-        self._closed = False
-        self._worker = threading.Thread(target=self._work, name="deeprec-head", daemon=True)
-        self._worker.start()
+        self._batches = Batcher[Sequence[int], Tensor](self._serve, name="ranker", limit=_MAX_BATCH)
 
     @classmethod
     def load(cls, settings: Settings, folder: Path, catalog: Catalog) -> HeadRanker:
@@ -160,13 +157,7 @@ class HeadRanker:
 
     def submit(self, ids: Sequence[int]) -> Future[Tensor]:
         """Queue a reading; its future gives the user's state [dim]. From any thread or loop."""
-        future: Future[Tensor] = Future()
-        with self._wake:
-            if self._closed:
-                raise RuntimeError("the ranker is closed")
-            self._waiting.append((tuple(ids), future))
-            self._wake.notify()
-        return future
+        return self._batches.submit(tuple(ids))
 
     def user_states(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         """States [n, dim] of readings; those that were asked for lately are remembered."""
@@ -211,24 +202,7 @@ class HeadRanker:
 
     def close(self) -> None:
         """End the worker; what waits is cancelled."""
-        with self._wake:
-            self._closed = True
-            while self._waiting:
-                self._waiting.popleft()[1].cancel()
-            self._wake.notify()
-        self._worker.join()
-
-    def _work(self) -> None:
-        while True:
-            with self._wake:
-                while not self._waiting and not self._closed:
-                    self._wake.wait()
-                if not self._waiting:
-                    return
-                taken = [
-                    self._waiting.popleft() for _ in range(min(_MAX_BATCH, len(self._waiting)))
-                ]
-            self._serve([pair for pair in taken if pair[1].set_running_or_notify_cancel()])
+        self._batches.close()
 
     def _serve(self, batch: Sequence[tuple[Sequence[int], Future[Tensor]]]) -> None:
         try:

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from deeprec.configuration import load_config
 from deeprec.errors import EvaluationError, SettingsError
 from deeprec.evals import agents
 from deeprec.evals import evaluate as module
 from deeprec.evals.config import EvalRun
-from deeprec.evals.run_eval import load_config
 from deeprec.evals.steering import Stated, Steering, Wishes
 from deeprec.evals.store import Ranking
 from deeprec.evals.task import Task, User

@@ -373,7 +373,7 @@ def test_closing_cancels_what_waits_and_ends_the_worker(
         while not waiting.cancelled():
             time.sleep(0.001)
     closing.join(20)
-    assert not retriever._worker.is_alive()
+    assert not retriever._batches._worker.is_alive()
     with pytest.raises(RuntimeError, match="closed"):
         retriever.submit(REQUESTS[0])
     retriever.close()
