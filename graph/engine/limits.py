@@ -14,6 +14,13 @@ if TYPE_CHECKING:
 GRAMMAR_BACKEND = "guidance"
 # Else vLLM reads pickled weights where a model has no others.
 WEIGHTS_FORMAT = "safetensors"
+# What vLLM and its libraries read of the environment on a CPU, where the user set nothing.
+CPU_ENVIRONMENT = {
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # pinned threads starve on shared cores
+    # oneDNN keeps 1,024 compiled products, one for each number of rows that a batch ever had: a
+    # third of a GiB after some 2,000 runs (docs/reliability.md).
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256",
+}
 _GIB = 1024**3
 
 

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from ...errors import EngineError
 from .base import Engine, Finish, Generation, GenerationRequest, LoopThread
 from .limits import (
+    CPU_ENVIRONMENT,
     GRAMMAR_BACKEND,
     WEIGHTS_FORMAT,
     check_kv_cache,
@@ -60,10 +61,11 @@ class VLLMEngine(Engine):
         max_num_seqs: int = 64,
     ) -> None:
         check_model_folder(model)
-        # vLLM reads these when it is imported. Pinned threads starve on shared cores, and a
-        # forked child would inherit locks of the threads that this process already runs.
+        # vLLM reads these when it is imported. A forked child would inherit locks of the threads
+        # that this process already runs.
         os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(kv_cache_gib)
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        for name, value in CPU_ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")

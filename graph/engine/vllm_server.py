@@ -27,6 +27,7 @@ from tenacity import (
 from ...errors import EngineError
 from .base import Engine, Generation, GenerationRequest, LoopThread
 from .limits import (
+    CPU_ENVIRONMENT,
     GRAMMAR_BACKEND,
     WEIGHTS_FORMAT,
     check_kv_cache,
@@ -271,7 +272,7 @@ def serve(model: str, settings: EngineSettings, *, host: str, port: int) -> None
         )
     _check_port(host, port)
     environment = {
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        **CPU_ENVIRONMENT,
         "VLLM_NO_USAGE_STATS": "1",
         **os.environ,
         "VLLM_CPU_KVCACHE_SPACE": str(settings.kv_cache_gib),
