@@ -204,6 +204,11 @@ def test_seeds_repeat_and_cancelling_frees_the_engine(real_engine: VLLMEngine) -
     assert real_engine.unfinished() == 0
 
 
+@pytest.mark.usefixtures("real_engine")
+def test_compiled_products_are_few() -> None:
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "256"  # vLLM's process inherits it
+
+
 def test_a_prompt_beyond_the_model_is_refused_in_words(real_engine: Engine) -> None:
     request = GenerationRequest(prompt_ids=[1] * 5000, max_tokens=16)
     with pytest.raises(EngineError, match="refused"):
