@@ -25,7 +25,7 @@ from ...tools.retriever import ScoredItem
 from ...tools.snapshot import NO_FILTERS
 from ..app import tuned_model
 from .backbone import Backbone
-from .head import HeadCard, RecommendationHead, load_head, model_of_head, read_card
+from .head import RecommendationHead, check_dataset, load_head, model_of_head, read_card
 from .items import ItemStates, catalog_readings, content_key
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class HeadRanker:
         """
         card = read_card(folder)
         own = model_of_head(settings, folder)
-        check_dataset(card, catalog, folder)
+        check_dataset(card, catalog.fingerprint.dataset, folder)
         states = ItemStates.read(folder, card.weights)
         head = load_head(folder, card)
         backbone = Backbone.load(tuned_model(own), dtype=settings.engine.dtype)
@@ -221,13 +221,3 @@ class HeadRanker:
         else:
             for (_, future), state in zip(batch, found, strict=True):
                 future.set_result(state)
-
-
-def check_dataset(card: HeadCard, catalog: Catalog, folder: Path) -> None:
-    """Raise HeadError where the head was trained for another catalog."""
-    wanted = catalog.fingerprint.dataset
-    if card.dataset != wanted:
-        raise HeadError(
-            f"the head in {folder} was trained for data set {card.dataset[:16]}…, and the catalog "
-            f"holds {wanted[:16]}…: train a head for this catalog, or open the workspace it had"
-        )
