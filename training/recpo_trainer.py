@@ -244,7 +244,7 @@ class RecPOTrainer:
     ) -> tuple[list[Group], list[list[int]], Tensor]:
         """Groups of whole rewards, readings of their items, and states of the drawn negatives."""
         now = self._ranker.table().snapshot
-        readings = catalog_readings(self._ranker.catalog, self._ranker.backbone)
+        readings = catalog_readings(now, self._ranker.backbone)
         items = list(dict.fromkeys(targets))
         groups = []
         for nth, target in enumerate(targets):

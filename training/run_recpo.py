@@ -215,7 +215,7 @@ def start_head(
     )
     weights = weights_fingerprint(settings.model_name, config.start)
     states = ItemStates.read(folder, weights)
-    sequences = catalog_readings(catalog, backbone)
+    sequences = catalog_readings(catalog.snapshot, backbone)
     now = catalog.snapshot
     items = states.of(sequences, backbone)
     order = torch_index([now.index[item.id] for item in data.items])
@@ -319,7 +319,7 @@ def _leave(
         ranker.backbone.tokenizer.save_pretrained(str(final))
     keep_run_settings(config.run, final)
     weights = weights_fingerprint(settings.model_name, final)
-    sequences = catalog_readings(ranker.catalog, ranker.backbone)
+    sequences = catalog_readings(ranker.catalog.snapshot, ranker.backbone)
     card = _card(config, settings, ranker.catalog, sequences, weights, ranker.head)
     save_head(final, ranker.head, card)
     rows = [(name, found) for name in FIGURES if (found := quarters(log, name))]
