@@ -329,6 +329,7 @@ def test_a_head_start_reads_each_line_and_learns(
             line = live.tokenizer.decode(reading.ids[: place + 1])
             assert int(line.rsplit("Film ", 1)[1]) == (target - 1) % 40  # users walk in steps of 1
     users, targets, owners = states_of(readings, live, tmp_path)
+    assert {int(owner) for owner in owners} == {reading.user for reading in readings}
     again, _, _ = states_of(readings, live, tmp_path)
     assert torch.equal(users, again)
     items = live.states(catalog_readings(catalog.snapshot, live))
