@@ -133,14 +133,19 @@ def load_graph(
     from .build import build_graph
 
     retriever = workspace.retriever  # first: a missing workspace is told before the LLM loads
+    histories = workspace.histories(hold_out=hold_out)
+    settings = settings or run_settings(workspace.settings)
     ranker = None
     if workspace.settings.head is not None:
         from .r2ec.ranker import HeadRanker
 
         ranker = HeadRanker.load(workspace.settings, workspace.settings.head, workspace.catalog)
-    engine = engine or load_engine(workspace.settings)
-    histories = workspace.histories(hold_out=hold_out)
-    settings = settings or run_settings(workspace.settings)
+    try:
+        engine = engine or load_engine(workspace.settings)
+    except BaseException:
+        if ranker is not None:
+            ranker.close()
+        raise
     return build_graph(engine, retriever, histories=histories, settings=settings, ranker=ranker)
 
 

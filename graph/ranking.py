@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import CatalogError, EncoderError, RequestError
 from . import protocol
@@ -18,6 +18,9 @@ from .resources import Resources
 from .run import MIN_GENERATION, LimitReachedError, Step, closing
 from .state import Recommendation, RunSettings, Source, State, StopReason, Usage
 from .transcript import last_round
+
+if TYPE_CHECKING:
+    from ..tools.catalog import Catalog
 
 _END_TOKENS = 2
 _SLACK = 1.5  # a grammar lets a line be spelled in more tokens than the tokenizer would take
@@ -68,12 +71,41 @@ async def rank(resources: Resources, state: State) -> dict[str, Any]:
     if settings.explain:
         listed = [item_id for item_id, _ in lines]
         explained = explanations(listed, turns, state["history_ids"], resources.catalog)
-    usage = usage_of(step, state, retrievals=retrievals)
+    return finished(
+        step,
+        state,
+        resources.catalog,
+        lines,
+        scores=scores,
+        explained=explained,
+        retrievals=retrievals,
+        answer=answer,
+        violations=violations,
+        stop_reason=stop_reason,
+        failure=failure,
+    )
+
+
+def finished(
+    step: Step,
+    state: State,
+    catalog: Catalog,
+    lines: Sequence[tuple[str, Source]],
+    *,
+    scores: Mapping[str, float],
+    explained: Mapping[str, Mapping[str, Any]],
+    retrievals: int,
+    **changes: Any,
+) -> dict[str, Any]:
+    """Return the state update that ends a run: its list, what the run cost, and `changes`.
+
+    `lines` are item ids with who put them there, best first; `scores` and `explained` are by id.
+    """
     update = step.update(
         recommendations=[
             Recommendation(
                 id=item_id,
-                title=resources.catalog.display_title(item_id),
+                title=catalog.display_title(item_id),
                 rank=position,
                 source=source,
                 score=scores.get(item_id),
@@ -81,19 +113,10 @@ async def rank(resources: Resources, state: State) -> dict[str, Any]:
             ).model_dump()
             for position, (item_id, source) in enumerate(lines, 1)
         ],
-        answer=answer,
-        violations=violations,
-        stop_reason=stop_reason,
-        failure=failure,
+        **changes,
     )
-    seconds = state["counts"]["seconds"] + update["counts"]["seconds"]
-    return {**update, "usage": usage.model_copy(update={"seconds": seconds}).model_dump()}
-
-
-def usage_of(step: Step, state: State, *, retrievals: int) -> Usage:
-    """What a run cost so far, seconds left out."""
     transcript = step.transcript
-    return Usage(
+    usage = Usage(
         prompt_tokens=transcript.count("prompt"),
         policy_tokens=transcript.count("policy"),
         guided_tokens=transcript.count("guided"),
@@ -102,7 +125,9 @@ def usage_of(step: Step, state: State, *, retrievals: int) -> Usage:
         environment_tokens=transcript.count("environment", "user"),
         generations=int(state["counts"]["generations"]) + step.generations,
         retrievals=retrievals,
+        seconds=state["counts"]["seconds"] + update["counts"]["seconds"],
     )
+    return {**update, "usage": usage.model_dump()}
 
 
 def check_ranker(resources: Resources, settings: RunSettings) -> None:
@@ -141,10 +166,15 @@ async def _rank_by_head(
     try:
         async with asyncio.timeout(left):
             user = await asyncio.wrap_future(resources.ranker.submit(ids))
+            # In a thread: where the catalog has changed, the LLM reads what is new first.
+            best = await asyncio.to_thread(
+                resources.ranker.best,
+                user,
+                step.settings.k,
+                among=[item.id for item in candidates],
+            )
     except TimeoutError as error:
         raise LimitReachedError("time_budget", "the time budget ran out in the ranking") from error
-    among = [item.id for item in candidates]
-    best = resources.ranker.best(user, step.settings.k, among=among)
     titles = {item.id: item.title for item in candidates}
     lines = [f"{rank}. {titles[item.id]}" for rank, item in enumerate(best, 1)]
     text = "\n".join(["", protocol.BEGIN_ANSWER, *lines, protocol.END_ANSWER])

@@ -15,6 +15,7 @@ from .engine.base import Engine
 from .format_rules import scripts_of
 
 if TYPE_CHECKING:
+    from ..tools.snapshot import Snapshot
     from .r2ec.ranker import HeadRanker
 
 _VOCABULARY = 48
@@ -90,10 +91,16 @@ class Resources(Shelf):
 
 def listed_item(catalog: Catalog, item_id: str) -> protocol.ListedItem:
     """Return an item of the catalog as an LLM reads it."""
-    attributes = catalog.display_attributes(item_id)
+    now = catalog.snapshot
+    return listed_at(now, int(now.positions([item_id])[0]))
+
+
+def listed_at(now: Snapshot, position: int) -> protocol.ListedItem:
+    """Return the item at a position of one moment of the catalog as an LLM reads it."""
+    attributes = now.shown_attributes(position)
     return protocol.ListedItem(
-        id=item_id,
-        title=catalog.display_title(item_id),
+        id=now.ids[position],
+        title=now.titles[position],
         attributes=tuple(f"{name}: {', '.join(vs)}" for name, vs in attributes.items() if vs),
     )
 

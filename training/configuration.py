@@ -42,7 +42,7 @@ def add_learning_options(parser: RunArguments[Any]) -> None:
         "--shuffle-rewards",
         action="store_true",
         default=None,
-        help="the control run, which must not learn",
+        help="the control run: what is learnt from is dealt out at random",
     )
 
 

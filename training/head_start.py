@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from ..tools.interactions import InteractionData, Split
 
 _PART = 128  # readings of one file, so that a kill costs no more
-_HELD_OUT = 0.1  # share of the readings by which ridge and scale are chosen
+_HELD_OUT = 0.1  # share of the users by whom ridge and scale are chosen
 _RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # of the mean variance of a user's state
 _SCALES = (1.0, 2.0, 3.0, 5.0, 8.0, 12.0, 20.0, 30.0)
 _SHRINK = 0.01  # of the items' mean variance, added before whitening
@@ -57,6 +57,7 @@ class HeadStart(BaseModel):
 class Reading:
     """A user's reading: token ids, and which of them predict which item."""
 
+    user: int  # index
     ids: list[int]
     places: list[int]  # tokens whose states predict; the last one is the reading's end
     targets: list[int]  # item index of each
@@ -89,12 +90,17 @@ def readings_of(
         if rng.random() < config.thoughts:
             preference = history_preference(vocabulary, split.train[user][:at].tolist())
             thought = f"This user seems to like {preference}." if preference else ""
-        found.append(_reading(data, catalog, backbone, window, thought))
+        found.append(_reading(user, data, catalog, backbone, window, thought))
     return found
 
 
 def _reading(
-    data: InteractionData, catalog: Catalog, backbone: Backbone, window: Sequence[int], thought: str
+    user: int,
+    data: InteractionData,
+    catalog: Catalog,
+    backbone: Backbone,
+    window: Sequence[int],
+    thought: str,
 ) -> Reading:
     tokenizer = backbone.tokenizer
     listed = [listed_item(catalog, data.items[item].id) for item in window[:-1]]
@@ -111,7 +117,7 @@ def _reading(
             places.append(next(at for at, end in enumerate(ends) if end >= start))
             targets.append(window[rank])
         places, targets = places[:-1], targets[:-1]  # the last line's next item is the target
-    return Reading(ids, [*places, len(ids) - 1], [*targets, window[-1]])
+    return Reading(user, ids, [*places, len(ids) - 1], [*targets, window[-1]])
 
 
 def states_of(
@@ -121,7 +127,7 @@ def states_of(
     *,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """States [rows, dim] of all predicting tokens, item index of each, and the reading it is of.
+    """States [rows, dim] of all predicting tokens, item index of each, and the user it is of.
 
     Kept part by part in `folder`, where a run that was cut off goes on.
     """
@@ -135,7 +141,7 @@ def states_of(
         parts.append(load_file(path)["states"].float())
         progress(start + len(some), len(readings))
     targets = torch.tensor([item for reading in readings for item in reading.targets])
-    owners = torch.tensor([at for at, reading in enumerate(readings) for _ in reading.targets])
+    owners = torch.tensor([reading.user for reading in readings for _ in reading.targets])
     return torch.cat(parts), targets, owners
 
 
@@ -146,7 +152,7 @@ def _states(readings: Sequence[Reading], backbone: Backbone) -> Tensor:
             hidden = backbone.hidden([readings[row].ids for row in rows])
             for at, row in enumerate(rows):
                 found[row] = hidden[at, readings[row].places].to(torch.bfloat16).cpu()
-    return torch.cat([found[row] for row in range(len(readings))]).clone()
+    return torch.cat([found[row] for row in range(len(readings))])
 
 
 def fit_head(
@@ -161,20 +167,22 @@ def fit_head(
     """Fit the projections in closed form; gives a row for each strength of the ridge.
 
     Items' states are whitened, and users' states regressed onto the unit vector of their target.
-    Strength and scale are those of the least cross-entropy over the whole catalog on the held-out
-    readings; the projections are then fitted on all of them.
+    Strength and scale are those of the least cross-entropy over the whole catalog for users who
+    were held out; the projections are then fitted on all. Users, since readings of one overlap.
 
     Args:
         head: fitted in place.
         users: states [rows, dim].
         targets: index of each row's item in `items`.
-        owners: reading of each row; one of ten is held out.
+        owners: user of each row; one of ten is held out.
         items: states [items, dim].
         seed: of what is held out.
 
     """
     generator = torch.Generator().manual_seed(seed)
-    held = (torch.rand(int(owners.max()) + 1, generator=generator) < _HELD_OUT)[owners]
+    people = torch.tensor(sorted(set(owners.tolist())))
+    count = max(1, round(_HELD_OUT * len(people)))
+    held = torch.isin(owners, people[torch.randperm(len(people), generator=generator)[:count]])
     _whiten(head, items)
     wanted = head.items(items).detach()
     rows = []

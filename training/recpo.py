@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
@@ -104,6 +105,14 @@ def share_clipped(logprobs: Tensor, old: Tensor, advantage: Tensor, config: RecP
     high = (ratio > 1 + config.epsilon_high) & (advantage > 0)
     low = (ratio < 1 - config.epsilon_low) & (advantage < 0)
     return float((high | low).float().mean()) if ratio.numel() else 0.0
+
+
+def dealt_out(count: int, rng: np.random.Generator) -> list[int]:
+    """For each of `count` places another one, each once: a random cycle through them all."""
+    order = rng.permutation(count)
+    given = np.empty(count, dtype=np.int64)
+    given[order] = np.roll(order, 1)
+    return [int(place) for place in given]
 
 
 def positions_of(now: Snapshot, ids: Sequence[str]) -> list[int]:

@@ -6,7 +6,6 @@ moved, every `save_every` steps; a run that was cut off goes on after it with th
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
 import time
@@ -24,14 +23,22 @@ from torch import Tensor, nn
 from ..configuration import replacing, write_json
 from ..errors import SettingsError
 from ..graph.engine.base import LoopThread
-from ..graph.r2ec.items import catalog_readings
 from ..graph.r2ec.readings import user_ids
 from ..graph.resources import listed_item
 from ..graph.state import OUTAGES
 from .policy import plain_weights
-from .recpo import RecPO, advantages, best_of_group, ndcg, outcome, positions_of, reward
+from .recpo import (
+    RecPO,
+    advantages,
+    best_of_group,
+    dealt_out,
+    ndcg,
+    outcome,
+    positions_of,
+    reward,
+)
 from .recpo_update import Chain, Group, accumulate
-from .rollout import Plan, play
+from .rollout import Plan, play_step
 from .trajectories import Rewards, Trajectory
 from .trajectory_file import write_part
 
@@ -62,7 +69,7 @@ class RecPOTrainer:
         learning_rates: of the LLM and of the head.
         max_grad_norm: of the LLM's gradient, and of the head's.
         seed: of sampling, negatives and shuffling.
-        shuffle_rewards: deal a step's targets out to other users: the control, which can learn
+        shuffle_rewards: deal a step's targets out to the other users: the control, which can learn
             what is popular and nothing else. The log still tells rewards by the true targets.
 
     """
@@ -149,14 +156,27 @@ class RecPOTrainer:
         self._ranker.table()
         synced = time.perf_counter()
         prompts = self._plan.prompts[step * self._users : (step + 1) * self._users]
-        runs = self._loop.submit(self._play(prompts, step)).result()
+        runs = self._loop.submit(
+            play_step(
+                self._graph,
+                self._plan,
+                prompts,
+                self._settings,
+                self._ranker.backbone.tokenizer,
+                group_size=self._group,
+                seed=self._seed,
+                step=step,
+                model=self._model,
+                fingerprint=f"recpo@{step}",
+            )
+        ).result()
         played = time.perf_counter()
         targets = [self._plan.example(prompt).target for prompt in prompts]
         told, figures = self._judge(runs, targets)
         write_part(self._folder, f"recpo-{step:06d}", told)
         learnt = targets
         if self._shuffle:
-            dealt = np.random.default_rng([self._seed, step]).permutation(len(targets))
+            dealt = dealt_out(len(targets), np.random.default_rng([self._seed, step]))
             learnt = [targets[at] for at in dealt]
             told, _ = self._judge(runs, learnt)
         groups, fresh, kept = self._groups(told, learnt, step)
@@ -172,43 +192,29 @@ class RecPOTrainer:
             "seconds/update": ended - played,
         }
 
-    async def _play(self, prompts: Sequence[str], step: int) -> list[Trajectory]:
-        runs = []
-        for nth in range(len(prompts) * self._group):
-            prompt = prompts[nth // self._group]
-            seed = np.random.SeedSequence([self._seed, step, nth]).generate_state(1)[0]
-            runs.append(
-                play(
-                    self._graph,
-                    self._plan.example(prompt),
-                    self._settings.model_copy(update={"seed": int(seed) % 2**31}),
-                    self._ranker.backbone.tokenizer,
-                    id=f"{prompt}/{nth % self._group}",
-                    model=self._model,
-                    fingerprint=f"recpo@{step}",
-                )
-            )
-        return list(await asyncio.gather(*runs))
-
     def _judge(
         self, runs: Sequence[Trajectory], targets: Sequence[str]
     ) -> tuple[list[Trajectory], dict[str, float]]:
-        """Reward each run by its user's target; a run that an outage ended has none."""
+        """Reward each run by its user's target. One that an outage ended has no reward; one that a
+        limit ended before the head could rank has earned nothing.
+        """
         now = self._ranker.table().snapshot
-        states = self._ranker.user_states([self._reading(run) for run in runs])
+        states = self._ranker.user_states([reading_of(run, self._ranker) for run in runs])
         scores = self._ranker.scores(states)
         told, rows = [], []
         for nth, run in enumerate(runs):
             if run.stop_reason in OUTAGES:
                 told.append(run.model_copy(update={"rewards": Rewards()}))
                 continue
-            target = now.index[targets[nth // self._group]]
-            among = None
-            if run.settings.rank == "head":
-                found = [item.id for turn in run.turns for item in turn.retrieved]
-                among = positions_of(now, found)
-            gone = [at for at in positions_of(now, run.history_ids) if at != target]
-            rank, probability = outcome(scores[nth], target, gone=gone, among=among)
+            rank, probability = None, 0.0
+            if any(line.source == "head" for line in run.recommendations):
+                target = now.index[targets[nth // self._group]]
+                among = None
+                if run.settings.rank == "head":
+                    found = [item.id for turn in run.turns for item in turn.retrieved]
+                    among = positions_of(now, found)
+                gone = [at for at in positions_of(now, run.history_ids) if at != target]
+                rank, probability = outcome(scores[nth], target, gone=gone, among=among)
             total = reward(rank, probability, self._objective)
             told.append(run.model_copy(update={"rewards": Rewards(total=total)}))
             rows.append((
@@ -228,23 +234,12 @@ class RecPOTrainer:
             "run/closed": mean(run.stop_reason == "answered" for run in runs),
         }
 
-    def _reading(self, run: Trajectory) -> list[int]:
-        """Token ids that the head read: R2ec's transcript, or what `rank: head` makes of a run."""
-        if run.settings.rank != "head":
-            return [*run.prompt_ids, *run.completion_ids]
-        ranker = self._ranker
-        last = run.turns[-1] if run.turns else None
-        thought = last.thought if last is not None and last.preference is None else ""
-        history = run.history_ids[-ranker.history_length :]
-        listed = [listed_item(ranker.catalog, item) for item in history]
-        return user_ids(listed, thought, ranker.backbone.tokenizer)
-
     def _groups(
         self, runs: Sequence[Trajectory], targets: Sequence[str], step: int
     ) -> tuple[list[Group], list[list[int]], Tensor]:
         """Groups of whole rewards, readings of their items, and states of the drawn negatives."""
-        now = self._ranker.table().snapshot
-        readings = catalog_readings(self._ranker.catalog, self._ranker.backbone)
+        table = self._ranker.table()
+        now, readings = table.snapshot, table.readings
         items = list(dict.fromkeys(targets))
         groups = []
         for nth, target in enumerate(targets):
@@ -262,7 +257,7 @@ class RecPOTrainer:
                     run.env_mask,
                     run.logprobs,
                     float(advantage),
-                    None if run.settings.rank != "head" else self._reading(run),
+                    None if run.settings.rank != "head" else reading_of(run, self._ranker),
                 )
                 for run, advantage in zip(group, given, strict=True)
             ]
@@ -337,3 +332,16 @@ class RecPOTrainer:
                 }
         self.log = json.loads(said["log"])
         return int(said["step"])
+
+
+def reading_of(run: Trajectory, ranker: HeadRanker) -> list[int]:
+    """Token ids that the head read: R2ec's transcript, or what `rank: head` makes of a run."""
+    if run.settings.rank != "head":
+        return [*run.prompt_ids, *run.completion_ids]
+    last = run.turns[-1] if run.turns else None
+    # A turn that asked for a search, also for one that was refused, isn't the last thought.
+    own = last is not None and last.preference is None and last.refused is None
+    thought = last.thought if last is not None and own else ""
+    history = run.history_ids[-ranker.history_length :]
+    listed = [listed_item(ranker.catalog, item) for item in history]
+    return user_ids(listed, thought, ranker.backbone.tokenizer)

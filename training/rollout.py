@@ -144,8 +144,20 @@ class Rollouts:
             self._synced = step
         synced = time.perf_counter()
         groups = Counter(prompts)
-        played = [prompt for prompt in groups for _ in range(self._group_size)]
-        runs = self._loop.submit(self._play(played, step)).result()
+        runs = self._loop.submit(
+            play_step(
+                self._graph,
+                self._plan,
+                list(groups),
+                self._settings,
+                self._tokenizer,
+                group_size=self._group_size,
+                seed=self._seed,
+                step=step,
+                model=self._model,
+                fingerprint=f"{self._plan.stage}@{step}",
+            )
+        ).result()
         finished = time.perf_counter()
         rewards = self._rewarder(runs)
         runs = [
@@ -172,27 +184,6 @@ class Rollouts:
             self.token_baselines = [own[at] or [0.0] for at in kept]
         eos = int(self._tokenizer.eos_token_id)
         return rows([runs[at] for at in kept], eos) | {"total": [totals[at] for at in kept]}
-
-    async def _play(self, prompts: Sequence[str], step: int) -> list[Trajectory]:
-        played = (
-            self._run(prompt, f"{prompt}/{nth % self._group_size}", nth, step)
-            for nth, prompt in enumerate(prompts)
-        )
-        return list(await asyncio.gather(*played))
-
-    async def _run(self, prompt: str, id_: str, nth: int, step: int) -> Trajectory:
-        example = self._plan.example(prompt)
-        seed = np.random.SeedSequence([self._seed, step, nth]).generate_state(1)[0]
-        settings = self._settings.model_copy(update={"seed": int(seed) % 2**31})
-        return await play(
-            self._graph,
-            example,
-            settings,
-            self._tokenizer,
-            id=id_,
-            model=self._model,
-            fingerprint=f"{self._plan.stage}@{step}",
-        )
 
     def reward(
         self,
@@ -222,7 +213,41 @@ class Rollouts:
         self._loop.close()
 
 
-async def play(
+async def play_step(
+    graph: Any,
+    plan: Plan,
+    prompts: Sequence[str],
+    settings: RunSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    group_size: int,
+    seed: int,
+    step: int,
+    model: str,
+    fingerprint: str,
+) -> list[Trajectory]:
+    """Play a step's prompts at once, each `group_size` times; a group's runs stand together.
+
+    Each run has a seed of its own, by `seed`, `step` and its place.
+    """
+    runs = []
+    for nth, prompt in enumerate(prompt for prompt in prompts for _ in range(group_size)):
+        own = np.random.SeedSequence([seed, step, nth]).generate_state(1)[0]
+        runs.append(
+            _play(
+                graph,
+                plan.example(prompt),
+                settings.model_copy(update={"seed": int(own) % 2**31}),
+                tokenizer,
+                id=f"{prompt}/{nth % group_size}",
+                model=model,
+                fingerprint=fingerprint,
+            )
+        )
+    return list(await asyncio.gather(*runs))
+
+
+async def _play(
     graph: Any,
     example: Example,
     settings: RunSettings,
@@ -232,7 +257,6 @@ async def play(
     model: str,
     fingerprint: str,
 ) -> Trajectory:
-    """Run the graph once over an example's history; keywords name the trajectory."""
     state = await graph.ainvoke(
         {"history": [f"id:{item}" for item in example.history]},
         context=settings,

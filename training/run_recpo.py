@@ -2,9 +2,9 @@
 
     python training/run_recpo.py --config training/configs/recpo_ml100k.yaml
 
-First the recommendation head is fitted by the item loss alone (training/head_start.py), then the
-LLM and the head are trained by their runs of a graph (training/recpo_trainer.py): R2ec's, or
-DeepRec's with `rank: head`. Rollouts are played on the training part only. A killed run goes on
+First the recommendation head is fitted in closed form (training/head_start.py), then the LLM and
+the head are trained by their runs of a graph (training/recpo_trainer.py): R2ec's, or DeepRec's with
+`rank: head`. Rollouts are played on the training part only. A killed run goes on
 where its last checkpoint stands.
 """
 
@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from rich.console import Console
 
-from deeprec.configuration import RunArguments, keep_config, write_json, write_text
+from deeprec.configuration import RunArguments, keep_config, keep_origin, write_json, write_text
 from deeprec.errors import SettingsError
 from deeprec.graph.app import local_engine, tuned_model
 from deeprec.graph.build import build_graph
-from deeprec.graph.engine.adapter import ADAPTER_CONFIG
+from deeprec.graph.engine.adapter import ADAPTER_CONFIG, keep_base, weights_digest
 from deeprec.graph.engine.limits import check_model_folder
 from deeprec.graph.engine.tokenizer import load_tokenizer
 from deeprec.graph.r2ec.backbone import Backbone
@@ -31,6 +31,8 @@ from deeprec.graph.r2ec.build import build_r2ec_graph
 from deeprec.graph.r2ec.head import (
     HeadCard,
     RecommendationHead,
+    check_dataset,
+    check_llm,
     load_head,
     read_card,
     save_head,
@@ -40,7 +42,7 @@ from deeprec.graph.r2ec.items import ItemStates, catalog_readings, content_key
 from deeprec.graph.r2ec.ranker import HeadRanker
 from deeprec.graph.r2ec.readings import VERSION
 from deeprec.graph.state import RunSettings
-from deeprec.settings import Settings, load_settings
+from deeprec.settings import load_settings
 from deeprec.terminal import tells_errors
 from deeprec.tools.progress import trm_progress
 from deeprec.tools.workspace import Workspace
@@ -97,7 +99,8 @@ class RecPORun(BaseModel):
     max_grad_norm: float = Field(1.0, gt=0)
     refresh_every: int = Field(8, ge=1)  # steps after which all items are read anew
     save_every: int = Field(2, ge=1)
-    shuffle_rewards: bool = False  # the control run, which must not learn
+    # The control run: targets go to other users, so that it learns what is popular, not for whom.
+    shuffle_rewards: bool = False
 
     @model_validator(mode="after")
     def _fits_together(self) -> RecPORun:
@@ -118,17 +121,25 @@ class RecPORun(BaseModel):
 def run(config: RecPORun, console: Console) -> Path:
     """Fit the head, then train by reward; gives the folder of the head."""
     own = {} if config.model is None else {"model": config.model}
-    settings = load_settings(workspace=config.workspace, **own)
+    # What is trained starts from `start` alone: an adapter of the environment's is not taken over.
+    settings = load_settings(workspace=config.workspace, adapter=None, **own)
     base = settings.model_name
     check_model_folder(base)
-    if config.start is not None and not config.start.is_dir():
-        raise SettingsError(f"start {config.start} does not exist: train that run first")
+    if config.start is not None:
+        _check_start(config.start, config.lora)
     keep_config(config, config.output, free=frozenset({"save_every", "steps"}))
     workspace = Workspace(settings)
+    origin = {"data set": workspace.data.fingerprint, "LLM": weights_digest(base)}
+    if config.start is not None:
+        origin["start"] = weights_digest(str(config.start))
+    keep_origin(origin, config.output)
     workspace.ensure_assets(lambda message: console.print(f"  {message}", style="dim"))
     head_folder = config.head or config.output / "head"
     if config.head is None and not (head_folder / "head.json").exists():
-        start_head(config, settings, workspace, head_folder, console)
+        start_head(config, workspace, head_folder, console)
+    card = read_card(head_folder)
+    check_dataset(card, workspace.data.fingerprint, head_folder)
+    check_llm(card, base, config.start, head_folder)
     if config.steps == 0:
         return head_folder
     final = config.output / "final"
@@ -141,13 +152,16 @@ def run(config: RecPORun, console: Console) -> Path:
         engine = local_engine(base, settings.engine, max_model_len=config.max_length)
     ranker: HeadRanker | None = None
     try:
+        import torch
+
+        torch.manual_seed(config.seed)  # an adapter's first weights are drawn
         llm = load_policy(
             base,
             config.start,
             config.lora,
             dtype="auto" if config.lora and config.precision == "bfloat16" else "float32",
         )
-        llm.eval()
+        llm.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         ranker = _live_ranker(config, llm, base, head_folder, catalog)
         graph = (
             build_r2ec_graph(engine, ranker)
@@ -175,7 +189,7 @@ def run(config: RecPORun, console: Console) -> Path:
             shuffle_rewards=config.shuffle_rewards,
         )
         trainer.train(config.steps, lambda row: _tell(row, console))
-        _leave(config, settings, workspace, llm, ranker, trainer.log, final, console)
+        _leave(config, workspace, llm, ranker, trainer.log, final, console)
     finally:
         if ranker is not None:
             ranker.close()
@@ -185,11 +199,20 @@ def run(config: RecPORun, console: Console) -> Path:
     return final
 
 
-def start_head(
-    config: RecPORun, settings: Settings, workspace: Workspace, folder: Path, console: Console
-) -> None:
+def _check_start(start: Path, lora: LoRA | None) -> None:
+    if not start.is_dir():
+        raise SettingsError(f"start {start} does not exist: train that run first")
+    whole = (start / "config.json").is_file() and not (start / ADAPTER_CONFIG).is_file()
+    if whole and lora is not None:
+        raise SettingsError(
+            f"start {start} is a whole model and lora is set: the adapter would be served over the "
+            "settings' model, which is another. Name that folder as `model`, or set lora to null"
+        )
+
+
+def start_head(config: RecPORun, workspace: Workspace, folder: Path, console: Console) -> None:
     """Fit a head over the states of the LLM as it starts, and keep it with its item states."""
-    own = settings
+    own = settings = workspace.settings
     if config.start is not None:
         adapter = (config.start / ADAPTER_CONFIG).is_file()
         change = {"adapter": config.start} if adapter else {"model": str(config.start)}
@@ -215,12 +238,11 @@ def start_head(
     )
     weights = weights_fingerprint(settings.model_name, config.start)
     states = ItemStates.read(folder, weights)
-    sequences = catalog_readings(catalog, backbone)
     now = catalog.snapshot
-    items = states.of(sequences, backbone)
-    order = torch_index([now.index[item.id] for item in data.items])
+    sequences = catalog_readings(now, backbone)
+    items = states.of(sequences, backbone)[[now.index[item.id] for item in data.items]]
     head = RecommendationHead(backbone.dim)
-    rows = fit_head(head, users, targets, owners, items[order], seed=config.seed)
+    rows = fit_head(head, users, targets, owners, items, seed=config.seed)
     write_json(folder / "log.json", rows)
     best = min(rows, key=lambda row: row["valid_loss"])
     console.print(
@@ -229,31 +251,24 @@ def start_head(
     )
     states.save(folder)
     keep_run_settings(config.run, folder)
-    save_head(folder, head, _card(config, settings, catalog, sequences, weights, head))
-
-
-def torch_index(places: Sequence[int]) -> Any:
-    """Places as an index of a tensor's rows."""
-    import torch
-
-    return torch.tensor(list(places), dtype=torch.long)
+    save_head(folder, head, _card(config, workspace, sequences, weights, head))
 
 
 def _card(
     config: RecPORun,
-    settings: Settings,
-    catalog: Catalog,
+    workspace: Workspace,
     sequences: Sequence[Sequence[int]],
     weights: str,
     head: RecommendationHead,
 ) -> HeadCard:
     return HeadCard(
-        base=Path(settings.model_name).name,
+        base=Path(workspace.settings.model_name).name,
         dim=head.dim,
         readings=VERSION,
-        dataset=Workspace(settings).data.fingerprint,
+        dataset=workspace.data.fingerprint,
         weights=weights,
         history_length=config.run.history_length,
+        thought_tokens=config.run.thought_tokens,
         trained_items=tuple(content_key(sequence) for sequence in sequences),
     )
 
@@ -267,6 +282,9 @@ def _ground(
         with trm_progress(console) as progress:
             ground = training_ground(workspace, progress=progress)
         selection = select_users(workspace, ground, config.selection)
+        keep_origin(
+            {"TRM": selection.trm, "sentence encoder": ground.encoder.fingerprint}, config.output
+        )
         selection.save(config.output / "selection.json")
         examples = selection.examples(STAGE, data)
         return ground.catalog, ground.retriever, examples[: config.examples]
@@ -305,7 +323,6 @@ def _live_ranker(
 
 def _leave(
     config: RecPORun,
-    settings: Settings,
     workspace: Workspace,
     llm: Any,
     ranker: HeadRanker,
@@ -314,13 +331,15 @@ def _leave(
     console: Console,
 ) -> None:
     """Write the LLM, its head, its settings and a card."""
+    base = workspace.settings.model_name
     llm.save_pretrained(str(final))
     if config.lora is None:
         ranker.backbone.tokenizer.save_pretrained(str(final))
+    else:
+        keep_base(base, final)
     keep_run_settings(config.run, final)
-    weights = weights_fingerprint(settings.model_name, final)
-    sequences = catalog_readings(ranker.catalog, ranker.backbone)
-    card = _card(config, settings, ranker.catalog, sequences, weights, ranker.head)
+    weights = weights_fingerprint(base, final)
+    card = _card(config, workspace, ranker.table().readings, weights, ranker.head)
     save_head(final, ranker.head, card)
     rows = [(name, found) for name in FIGURES if (found := quarters(log, name))]
     for name, (first, last) in rows:
@@ -330,12 +349,19 @@ def _leave(
         final / "README.md",
         f"# {card.base}, taught to reason and rank ({workspace.data.name})\n\n"
         f"A recommendation head and the LLM that it reads, for DeepRec's graph `{config.agent}`: "
-        f"set DEEPREC_HEAD to this folder. {config.steps} steps of RecPO"
+        f"{_served_by(config)}. {config.steps} steps of RecPO"
         f"{', rewards shuffled: a control' if config.shuffle_rewards else ''}; no user's "
         "validation or test item was a target or in a prompt.\n\n"
         f"| figure | first quarter | last quarter |\n| --- | --- | --- |\n{table}\n",
     )
     write_json(final / "finished.json", {"steps": config.steps})
+
+
+def _served_by(config: RecPORun) -> str:
+    if config.agent == "r2ec":
+        return "set DEEPREC_HEAD to this folder"
+    policy = "DEEPREC_MODEL" if config.lora is None else "DEEPREC_ADAPTER"
+    return f"set DEEPREC_HEAD and {policy} to this folder, and `rank: head` in a run's settings"
 
 
 def _tell(row: dict[str, float], console: Console) -> None:

@@ -167,12 +167,14 @@ def _kind(model: str) -> dict[str, Any]:
 def weights_digest(model: str) -> str:
     """Tell models apart by their weights: a hash of samples of a local model's files, which takes
     no time for large ones either; of a hub model the name.
+
+    A recommendation head in the same folder is not the model's.
     """
     folder = Path(model)
     if not folder.is_dir():
         return model
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(folder.glob("*model*.safetensors")):
         size = path.stat().st_size
         digest.update(f"{path.name} {size} ".encode())
         with path.open("rb") as file:

@@ -74,7 +74,7 @@ class Backbone:
                 hidden = self.hidden(batch)
                 last = torch.tensor([len(sequence) - 1 for sequence in batch])
                 found[rows] = hidden[torch.arange(len(batch)), last].float().cpu()
-        return found.clone()
+        return found
 
     def hidden(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         """States of all tokens [n, longest, dim] in one pass, padded on the right.

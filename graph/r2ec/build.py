@@ -1,6 +1,6 @@
 """build_r2ec_graph: think, then rank by the head, compiled; it takes and answers what DeepRec does.
 
-`app` is what langgraph.json points at.
+`served` is what langgraph.json points at.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import asyncio
 import threading
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from langgraph.graph import END, START
@@ -87,26 +88,34 @@ def load_r2ec_graph(
     Raises HeadError where the settings name none, or one of another model or catalog.
     """
     own = workspace.settings
-    folder = own.head
-    if folder is None:
-        raise HeadError(_NO_HEAD)
+    settings = settings or r2ec_settings(own)
+    histories = workspace.histories(hold_out=hold_out)
+    folder = _head_of(own)
     ranker = HeadRanker.load(own, folder, workspace.catalog)
-    engine = engine or load_engine(model_of_head(own, folder))
-    return build_r2ec_graph(
-        engine,
-        ranker,
-        histories=workspace.histories(hold_out=hold_out),
-        settings=settings or r2ec_settings(own),
-    )
+    try:
+        engine = engine or load_engine(model_of_head(own, folder))
+    except BaseException:
+        ranker.close()
+        raise
+    return build_r2ec_graph(engine, ranker, histories=histories, settings=settings)
 
 
 def r2ec_settings(settings: Settings, **given: object) -> RunSettings:
     """Settings of R2ec's runs: what is given, else as the head was trained. Raises HeadError."""
-    length = (
-        {} if settings.head is None else {"history_length": read_card(settings.head).history_length}
-    )
-    own = settings.model_copy(update={"adapter": settings.head}) if settings.head else settings
-    return run_settings(own, {"decoding": "free", "thought_tokens": 48, **length}, **given)
+    folder = _head_of(settings)
+    card = read_card(folder)
+    defaults = {
+        "decoding": "free",
+        "history_length": card.history_length,
+        "thought_tokens": card.thought_tokens,
+    }
+    return run_settings(settings.model_copy(update={"adapter": folder}), defaults, **given)
+
+
+def _head_of(settings: Settings) -> Path:
+    if settings.head is None:
+        raise HeadError(_NO_HEAD)
+    return settings.head
 
 
 @lru_cache(maxsize=1)

@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from ...configuration import replacing, write_json
 from ...errors import HeadError
-from ..engine.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from ..engine.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, weights_digest
 from . import readings
 
 if TYPE_CHECKING:
@@ -66,13 +66,14 @@ class HeadCard(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format: Literal["deeprec.head"] = "deeprec.head"
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     base: str  # hub name or last part of the folder of the LLM, without an adapter
     dim: int = Field(ge=1)
     readings: int  # version of graph/r2ec/readings.py
     dataset: str  # fingerprint of the data set that it was trained on
     weights: str  # fingerprint of the LLM whose states it reads
     history_length: int = Field(ge=1)  # items of a history that it was trained to read
+    thought_tokens: int = Field(48, ge=1)  # of the longest thoughts that it was trained to read
     trained_items: tuple[str, ...] = ()  # hashes of the items' readings that it was trained with
 
 
@@ -120,29 +121,20 @@ def load_head(folder: Path, card: HeadCard) -> RecommendationHead:
 
 
 def weights_fingerprint(base: str, folder: Path | None) -> str:
-    """Which LLM: SHA-256 (hex) of the base's and of the adapter's weights.
+    """Which LLM: SHA-256 (hex) of the base's digest and of the adapter's files.
 
     `base` is a hub name (taken by its name) or a folder, `folder` may hold an adapter or a whole
-    model in the base's place.
+    model in the base's place. Raises HeadError where a file can't be read.
     """
-    files: list[Path] = []
-    digest = hashlib.sha256()
     adapter = folder is not None and (folder / ADAPTER_CONFIG).is_file()
     whole = folder is not None and not adapter and (folder / "config.json").is_file()
-    if whole and folder is not None:
-        files += sorted(folder.glob("model*.safetensors"))
-    elif Path(base).is_dir():
-        files += sorted(Path(base).glob("*.safetensors"))
-    else:
-        digest.update(base.encode())
-    if adapter and folder is not None:
-        files += [folder / ADAPTER_CONFIG, folder / ADAPTER_WEIGHTS]
-    for path in files:
-        try:
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        except OSError as error:
-            raise HeadError(f"{path} can't be read: {error}. Copy the folder anew.") from error
+    try:
+        digest = hashlib.sha256(weights_digest(str(folder) if whole else base).encode())
+        if adapter and folder is not None:
+            for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+                digest.update((folder / name).read_bytes())
+    except OSError as error:
+        raise HeadError(f"the LLM can't be read: {error}. Copy its folder anew.") from error
     return digest.hexdigest()
 
 
@@ -159,15 +151,31 @@ def model_of_head(settings: Settings, folder: Path) -> Settings:
         own = settings.model_copy(update={"model": str(folder), "adapter": None})
     else:
         own = settings
-    base = settings.model_name
-    found = weights_fingerprint(base, folder if own is not settings else settings.adapter)
+    check_llm(card, settings.model_name, settings.adapter if own is settings else folder, folder)
+    return own
+
+
+def check_llm(card: HeadCard, base: str, tuned: Path | None, folder: Path) -> None:
+    """Raise HeadError where the head in `folder` reads another LLM than `base` with what is in
+    `tuned`, an adapter or a model.
+    """
+    found = weights_fingerprint(base, tuned)
     if found != card.weights:
+        given = base if tuned is None else f"{base} with {tuned}"
         raise HeadError(
             f"the head in {folder} reads another model: it was trained on {card.base} with weights "
-            f"{card.weights[:16]}…, and these are {found[:16]}… ({base}). Give the model that it "
-            "was trained on (DEEPREC_MODEL), or train a head for this one."
+            f"{card.weights[:16]}…, and these are {found[:16]}… ({given}). Give the model "
+            "that it was trained on (DEEPREC_MODEL), or train a head for this one."
         )
-    return own
+
+
+def check_dataset(card: HeadCard, dataset: str, folder: Path) -> None:
+    """Raise HeadError where the head in `folder` was trained for another data set."""
+    if card.dataset != dataset:
+        raise HeadError(
+            f"the head in {folder} was trained for data set {card.dataset[:16]}…, and this is "
+            f"{dataset[:16]}…: train a head for this one, or open the workspace it had"
+        )
 
 
 def head_digest(folder: Path) -> str:

@@ -20,11 +20,11 @@ from torch import Tensor
 
 from ...configuration import replacing
 from ...errors import HeadError
-from ..resources import listed_item
+from ..resources import listed_at
 from .readings import item_ids
 
 if TYPE_CHECKING:
-    from ...tools.catalog import Catalog
+    from ...tools.snapshot import Snapshot
     from .backbone import Backbone
 
 ITEMS = "items.safetensors"
@@ -39,9 +39,6 @@ class ItemStates:
 
     def __len__(self) -> int:
         return len(self._states)
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._states
 
     @classmethod
     def read(cls, folder: Path, fingerprint: str) -> ItemStates:
@@ -85,6 +82,8 @@ class ItemStates:
         if missing:
             made = backbone.states([sequences[at] for at in missing.values()])
             self._states.update(zip(missing, made, strict=True))
+        if not keys:
+            return torch.zeros(0, backbone.dim)
         return torch.stack([self._states[key] for key in keys])
 
     def keep_only(self, keys: Iterable[str]) -> None:
@@ -103,9 +102,8 @@ def content_key(sequence: Sequence[int]) -> str:
     return hashlib.sha256(np.asarray(sequence, dtype="<i4").tobytes()).hexdigest()
 
 
-def catalog_readings(catalog: Catalog, backbone: Backbone) -> list[list[int]]:
+def catalog_readings(now: Snapshot, backbone: Backbone) -> list[list[int]]:
     """Token ids of every item's reading, in the catalog's order. Raises HeadError for no item."""
-    ids = catalog.snapshot.ids
-    if not ids:
+    if not now.ids:
         raise HeadError("the catalog is empty, so there is nothing to rank: run `deeprec index`")
-    return [item_ids(listed_item(catalog, id_), backbone.tokenizer) for id_ in ids]
+    return [item_ids(listed_at(now, at), backbone.tokenizer) for at in range(len(now.ids))]

@@ -12,10 +12,10 @@ from ...tools.retriever import ScoredItem
 from .. import protocol
 from ..explanations import explanations
 from ..nodes import unwanted
-from ..ranking import usage_of
+from ..ranking import finished
 from ..resources import Shelf
 from ..run import LimitReachedError, Step
-from ..state import OUTAGES, Recommendation, RunSettings, State, StopReason, Turn
+from ..state import OUTAGES, RunSettings, State, StopReason, Turn
 from ..wishes import POOL, lean, leanings_of
 from .ranker import HeadRanker
 from .readings import CLOSING, OPENING, without_thought
@@ -86,45 +86,43 @@ async def rank(resources: HeadShelf, state: State) -> dict[str, Any]:
     """
     step = Step(resources.engine, state)
     settings = step.settings
-    failure = state.get("failure")
+    stop_reason, failure = state["stop_reason"], state.get("failure")
     found: list[ScoredItem] = []
     if failure is None or settings.on_limit == "answer":
         try:
             found = await _best(resources, step, state)
         except (CatalogError, HeadError) as error:
-            failure = {"reason": "retrieval_failure", "detail": str(error)}
+            stop_reason = "retrieval_failure"
+            failure = {"reason": stop_reason, "detail": str(error)}
     ids = [item.id for item in found]
     reasons: dict[str, dict[str, Any]] = {}
-    if settings.explain:
+    if settings.explain and ids:
         reasons = explanations(ids, [], state["history_ids"], resources.catalog)
-        for new in resources.ranker.table().untrained.intersection(ids):
+        table = await asyncio.to_thread(resources.ranker.table)
+        for new in table.untrained.intersection(ids):
             reasons[new]["reason"] += _NEW
-    usage = usage_of(step, state, retrievals=0)
-    update = step.update(
-        recommendations=[
-            Recommendation(
-                id=item.id,
-                title=resources.catalog.display_title(item.id),
-                rank=position,
-                source="head",
-                score=item.score,
-                **reasons.get(item.id, {}),
-            ).model_dump()
-            for position, item in enumerate(found, 1)
-        ],
+    return finished(
+        step,
+        state,
+        resources.catalog,
+        [(item, "head") for item in ids],
+        scores={item.id: item.score for item in found},
+        explained=reasons,
+        retrievals=0,
         answer=ids,
         violations=[],
+        stop_reason=stop_reason,
         failure=failure,
     )
-    seconds = state["counts"]["seconds"] + update["counts"]["seconds"]
-    return {**update, "usage": usage.model_copy(update={"seconds": seconds}).model_dump()}
 
 
 async def _best(resources: HeadShelf, step: Step, state: State) -> list[ScoredItem]:
     ranker, k = resources.ranker, step.settings.k
     user = await asyncio.wrap_future(ranker.submit(step.transcript.ids))
     leanings = leanings_of(state["leanings"])
-    found = ranker.best(
+    # In a thread: where the catalog has changed, the LLM reads what is new first.
+    found = await asyncio.to_thread(
+        ranker.best,
         user,
         k * POOL if leanings else k,
         exclude=unwanted(state),

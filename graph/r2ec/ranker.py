@@ -25,7 +25,7 @@ from ...tools.retriever import ScoredItem
 from ...tools.snapshot import NO_FILTERS
 from ..app import tuned_model
 from .backbone import Backbone
-from .head import HeadCard, RecommendationHead, load_head, model_of_head, read_card
+from .head import RecommendationHead, check_dataset, load_head, model_of_head, read_card
 from .items import ItemStates, catalog_readings, content_key
 
 if TYPE_CHECKING:
@@ -41,9 +41,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ItemTable:
-    """Item vectors [n, dim] of one moment of the catalog, and which items are new to the head."""
+    """Item vectors [n, dim] of one moment of the catalog, the token ids of the items' readings, and
+    which items are new to the head.
+    """
 
     snapshot: Snapshot
+    readings: list[list[int]]
     vectors: Tensor
     untrained: frozenset[str]
 
@@ -59,7 +62,7 @@ class HeadRanker:
         trained: hashes of the readings that the head was trained with; none: nobody asks.
         history_length: items of a history that the head was trained to read.
 
-    Raises HeadError: an empty catalog, or a head of another width than the model's.
+    Raises HeadError for a head of another width than the model's.
 
     """
 
@@ -85,8 +88,9 @@ class HeadRanker:
         self.history_length = history_length
         self._trained = frozenset(trained)
         self._table: ItemTable | None = None
+        self._readings: tuple[Snapshot, list[list[int]]] | None = None
         self._users: OrderedDict[str, Tensor] = OrderedDict()
-        self._reading = threading.Lock()
+        self._reading = threading.Lock()  # held while the LLM reads
         self._batches = Batcher[Sequence[int], Tensor](self._serve, name="ranker", limit=_MAX_BATCH)
 
     @classmethod
@@ -99,7 +103,7 @@ class HeadRanker:
         """
         card = read_card(folder)
         own = model_of_head(settings, folder)
-        check_dataset(card, catalog, folder)
+        check_dataset(card, catalog.fingerprint.dataset, folder)
         states = ItemStates.read(folder, card.weights)
         head = load_head(folder, card)
         backbone = Backbone.load(tuned_model(own), dtype=settings.engine.dtype)
@@ -112,35 +116,51 @@ class HeadRanker:
             history_length=card.history_length,
         )
         known = len(states)
-        ranker.table()
-        if len(states) > known:
-            states.save(folder)
+        try:
+            ranker.table()
+            if len(states) > known:
+                states.save(folder)
+        except BaseException:
+            ranker.close()
+            raise
         return ranker
 
     def table(self) -> ItemTable:
-        """Item vectors of the catalog as it is now; only what is new or changed is read."""
+        """Item vectors of the catalog as it is now; only what is new or changed is read.
+
+        What is known it gives at once; else it waits for the LLM, so call it from a thread and not
+        on an event loop. Raises HeadError: an empty catalog.
+        """
+        table = self._table
+        if table is not None and table.snapshot is self.catalog.snapshot:
+            return table  # without the lock: a list doesn't wait for the readings of other users
         with self._reading:
             now = self.catalog.snapshot
             if self._table is None or self._table.snapshot is not now:
-                sequences = catalog_readings(self.catalog, self.backbone)
-                keys = [content_key(sequence) for sequence in sequences]
-                states = self.states.of(sequences, self.backbone)
-                self.states.keep_only({*keys, *self._trained})
-                new = frozenset(
-                    id_
-                    for id_, key in zip(now.ids, keys, strict=True)
-                    if self._trained and key not in self._trained
-                )
-                if new:
-                    logger.warning(
-                        "%d items of the catalog are new to the recommendation head, %s among "
-                        "them: it scores them by their text alone",
-                        len(new),
-                        min(new),
-                    )
-                with torch.inference_mode():
-                    self._table = ItemTable(now, self.head.items(states).clone(), new)
+                self._table = self._table_of(now)
             return self._table
+
+    def _table_of(self, now: Snapshot) -> ItemTable:
+        if self._readings is None or self._readings[0] is not now:
+            self._readings = now, catalog_readings(now, self.backbone)
+        readings = self._readings[1]
+        keys = [content_key(reading) for reading in readings]
+        states = self.states.of(readings, self.backbone)
+        self.states.keep_only({*keys, *self._trained})
+        new = frozenset(
+            id_
+            for id_, key in zip(now.ids, keys, strict=True)
+            if self._trained and key not in self._trained
+        )
+        if new:
+            logger.warning(
+                "%d items of the catalog are new to the recommendation head, %s among them: it "
+                "scores them by their text alone",
+                len(new),
+                min(new),
+            )
+        with torch.inference_mode():
+            return ItemTable(now, readings, self.head.items(states), new)
 
     def refresh(self, fingerprint: str) -> None:
         """Forget what was computed: the model or the head has other weights now."""
@@ -150,7 +170,10 @@ class HeadRanker:
             self._users.clear()
 
     def project_anew(self) -> None:
-        """Forget vectors, and keep the LLM's item states: only the head has other weights now."""
+        """Forget vectors and users: the head has other weights now.
+
+        Item states are kept. Where the LLM was trained too, they are those of a few steps ago.
+        """
         with self._reading:
             self._table = None
             self._users.clear()
@@ -160,7 +183,7 @@ class HeadRanker:
         return self._batches.submit(tuple(ids))
 
     def user_states(self, sequences: Sequence[Sequence[int]]) -> Tensor:
-        """States [n, dim] of readings; those that were asked for lately are remembered."""
+        """States [n, dim] of readings; those that were asked for last are remembered."""
         futures = [self.submit(sequence) for sequence in sequences]
         return torch.stack([future.result() for future in futures])
 
@@ -168,7 +191,7 @@ class HeadRanker:
         """Scores [n, items] of the whole catalog, in its order, for users' states [n, dim]."""
         table = self.table()
         with torch.inference_mode():
-            return (self.head.users(states) @ table.vectors.T).clone()
+            return self.head.users(states) @ table.vectors.T
 
     def best(
         self,
@@ -181,7 +204,8 @@ class HeadRanker:
     ) -> list[ScoredItem]:
         """The `k` best items for a user's state [dim], fewer where fewer may be shown.
 
-        `among` names the only candidates; ids that the catalog does not hold are left out.
+        `among` names the only candidates; ids that the catalog does not hold are left out. Call it
+        from a thread, as `table`.
         """
         table = self.table()
         now = table.snapshot
@@ -212,6 +236,8 @@ class HeadRanker:
                 if new:
                     made = self.backbone.states(list(new.values()))
                     self._users.update(zip(new, made, strict=True))
+                for key in wanted:
+                    self._users.move_to_end(key)
                 found = [self._users[content_key(ids)] for ids, _ in batch]
                 while len(self._users) > _CACHED_USERS:
                     self._users.popitem(last=False)
@@ -221,13 +247,3 @@ class HeadRanker:
         else:
             for (_, future), state in zip(batch, found, strict=True):
                 future.set_result(state)
-
-
-def check_dataset(card: HeadCard, catalog: Catalog, folder: Path) -> None:
-    """Raise HeadError where the head was trained for another catalog."""
-    wanted = catalog.fingerprint.dataset
-    if card.dataset != wanted:
-        raise HeadError(
-            f"the head in {folder} was trained for data set {card.dataset[:16]}…, and the catalog "
-            f"holds {wanted[:16]}…: train a head for this catalog, or open the workspace it had"
-        )

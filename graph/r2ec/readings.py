@@ -60,14 +60,10 @@ def item_ids(item: protocol.ListedItem, tokenizer: PreTrainedTokenizerBase) -> l
 
 
 def user_ids(
-    history: Sequence[protocol.ListedItem],
-    thought: str,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    wishes: Sequence[str] = (),
+    history: Sequence[protocol.ListedItem], thought: str, tokenizer: PreTrainedTokenizerBase
 ) -> list[int]:
     """Token ids of a user's reading with a thought that was had elsewhere; "" for none."""
-    messages = build_messages(history, k=1, answer_form="titles", wishes=wishes)
+    messages = build_messages(history, k=1, answer_form="titles")
     prompt: list[int] = tokenizer.apply_chat_template(
         messages, add_generation_prompt=True, return_dict=False
     )

@@ -1,32 +1,44 @@
 """RecPO: numbers worked out by hand, and gradients of both heads."""
 
+import asyncio
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from deeprec.graph.build import build_graph
 from deeprec.graph.engine.tokenizer import load_tokenizer
 from deeprec.graph.r2ec.backbone import Backbone
 from deeprec.graph.r2ec.head import RecommendationHead
 from deeprec.graph.r2ec.items import ItemStates, catalog_readings
 from deeprec.graph.r2ec.ranker import HeadRanker
+from deeprec.graph.state import RunSettings
 from deeprec.tools.interactions import InteractionData, leave_one_out
 from deeprec.tools.retriever import Retriever
+from deeprec.training import head_start
 from deeprec.training.head_start import HeadStart, fit_head, readings_of, states_of
 from deeprec.training.recpo import (
     RecPO,
     advantages,
     best_of_group,
     clipped_loss,
+    dealt_out,
     ndcg,
     outcome,
     reward,
     share_clipped,
 )
+from deeprec.training.recpo_trainer import reading_of
 from deeprec.training.recpo_update import Chain, Group, accumulate, chains_hidden, last_states
+from deeprec.training.trajectories import RUN_KEYS, Trajectory
+
+from ..graph.conftest import ScriptedEngine
+from ..graph.test_loop import ask
 
 CONFIG = RecPO()
 
@@ -60,6 +72,15 @@ def test_advantages_by_hand() -> None:
     assert found[0].tolist() == pytest.approx([-2 / deviation, -1 / deviation, 0, 3 / deviation])
     assert found[1].tolist() == pytest.approx([0, 0, 0, 0], abs=1e-6)
     assert best_of_group(torch.tensor([[0.1, 0.9, 0.9], [0.3, 0.2, 0.1]])).tolist() == [1, 0]
+
+
+def test_a_control_leaves_nobody_their_own_target() -> None:
+    for count in (2, 3, 8):
+        for seed in range(20):
+            given = dealt_out(count, np.random.default_rng(seed))
+            assert sorted(given) == list(range(count))
+            assert all(place != at for at, place in enumerate(given))
+    assert len({tuple(dealt_out(8, np.random.default_rng(seed))) for seed in range(20)}) > 10
 
 
 @pytest.mark.parametrize(
@@ -224,12 +245,72 @@ def test_item_vectors_after_an_update_are_those_of_the_new_weights(
         ranker.refresh("updated")
         fresh = torch.cat([
             head.items(last_states(live, [reading])).detach()
-            for reading in catalog_readings(retriever.catalog, live)
+            for reading in catalog_readings(retriever.catalog.snapshot, live)
         ])  # fmt: skip
         torch.testing.assert_close(ranker.table().vectors, fresh, atol=1e-4, rtol=1e-4)
         assert (before - fresh).abs().max() > 1e-2
     finally:
         ranker.close()
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        ("<think>\n" + ask("comedy"), "The odd ones.</think>"),
+        ("<think>\n" + ask("comedy"), "</think>"),
+        # The last turn is one whose search was refused: no thought of the ranking's.
+        ("<think>\n" + ask("comedy"), ask("", "Hm, what?"), "</think>"),
+        ("<think>\n" + ask("comedy"), ask("comedy", "Again."), "</think>"),
+        ("<think>\n" + ask("comedy"), ask("", "Hm, what?"), "The odd ones.</think>"),
+    ],
+)
+def test_training_reads_what_the_head_read(
+    live: Backbone, retriever: Retriever, monkeypatch: pytest.MonkeyPatch, script: Sequence[str]
+) -> None:
+    ranker = HeadRanker(
+        live, RecommendationHead(live.dim), retriever.catalog, ItemStates(""), history_length=2
+    )
+    read: list[list[int]] = []
+    plain = ranker.submit
+    monkeypatch.setattr(ranker, "submit", lambda ids: (read.append(list(ids)), plain(ids))[1])
+    graph = build_graph(ScriptedEngine(script, 8192), retriever, ranker=ranker)
+    settings = RunSettings(decoding="free", rank="head", k=3, retrieve_n=4)
+    try:
+        state = asyncio.run(
+            graph.ainvoke(
+                {"history": ["id:0", "id:1", "id:2"]},
+                context=settings,
+                output_keys=list(RUN_KEYS),
+            )
+        )
+    finally:
+        ranker.close()
+    run = Trajectory.from_state(state, live.tokenizer, id="run", model="tiny")
+    assert [reading_of(run, ranker)] == read
+
+
+def test_the_strength_of_a_head_is_chosen_by_users_that_it_was_not_fitted_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fitted: list[set[int]] = []
+    plain = head_start._regress
+
+    def regress(head: Any, users: torch.Tensor, *given: Any) -> None:
+        fitted.append({int(owner) for owner in users[:, 0]})
+        plain(head, users, *given)
+
+    monkeypatch.setattr(head_start, "_regress", regress)
+    torch.manual_seed(0)
+    owners = torch.arange(30).repeat(20)
+    users = torch.randn(600, 8)
+    users[:, 0] = owners
+    fit_head(
+        RecommendationHead(8), users, torch.randint(12, (600,)), owners, torch.randn(12, 8), seed=0
+    )
+    *tried, last = fitted
+    assert all(people == tried[0] for people in tried)
+    assert len(tried[0]) == 27  # one of ten is wholly left out
+    assert last == set(range(30))
 
 
 def test_a_head_start_reads_each_line_and_learns(
@@ -241,15 +322,17 @@ def test_a_head_start_reads_each_line_and_learns(
     readings = readings_of(tiny_data, split, catalog, live, config, history_length=4, seed=0)
     assert len(readings) == 200
     for reading in readings[:20]:
+        assert {int(item) for item in reading.targets} <= set(split.train[reading.user].tolist())
         assert reading.places[-1] == len(reading.ids) - 1
         assert len(reading.places) == len(reading.targets)
         for place, target in zip(reading.places[:-1], reading.targets[:-1], strict=True):
             line = live.tokenizer.decode(reading.ids[: place + 1])
             assert int(line.rsplit("Film ", 1)[1]) == (target - 1) % 40  # users walk in steps of 1
     users, targets, owners = states_of(readings, live, tmp_path)
+    assert {int(owner) for owner in owners} == {reading.user for reading in readings}
     again, _, _ = states_of(readings, live, tmp_path)
     assert torch.equal(users, again)
-    items = live.states(catalog_readings(catalog, live))
+    items = live.states(catalog_readings(catalog.snapshot, live))
     head = RecommendationHead(live.dim)
     rows = fit_head(head, users, targets, owners, items, seed=0)
     best = min(rows, key=lambda row: row["valid_loss"])

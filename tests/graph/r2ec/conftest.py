@@ -75,7 +75,7 @@ def head_folder(
 ) -> Path:
     """A head's artefact for `small_catalog`."""
     folder = tmp_path / "head"
-    readings = catalog_readings(small_catalog, backbone)
+    readings = catalog_readings(small_catalog.snapshot, backbone)
     card = HeadCard(
         base="tiny",
         dim=backbone.dim,

@@ -2,12 +2,13 @@
 
 import asyncio
 import json
+import threading
 from typing import Any
 
 import pytest
 import torch
 
-from deeprec.errors import EngineError, RequestError
+from deeprec.errors import EngineError, HeadError, RequestError
 from deeprec.graph.as_tool import recommendation_tool
 from deeprec.graph.r2ec import build
 from deeprec.graph.r2ec.backbone import Backbone
@@ -45,7 +46,7 @@ def brute_force(ranker: HeadRanker, ids: list[int]) -> dict[str, float]:
         found = {}
         for id_, reading in zip(
             ranker.catalog.snapshot.ids,
-            catalog_readings(ranker.catalog, ranker.backbone),
+            catalog_readings(ranker.catalog.snapshot, ranker.backbone),
             strict=True,
         ):
             item = head.item(state(reading))
@@ -120,6 +121,51 @@ def test_an_engine_that_fails_leaves_a_list_by_the_history(run_r2ec: RunR2ec) ->
     assert strict.recommendations == []
 
 
+def test_a_ranking_that_fails_is_told(
+    run_r2ec: RunR2ec, ranker: HeadRanker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> Any:
+        raise HeadError("the catalog is empty")
+
+    monkeypatch.setattr(ranker, "best", fails)
+    response = respond(run_r2ec("So.</think>", explain=True))
+    assert response.recommendations == []
+    assert response.failure is not None
+    assert response.failure.reason == response.stop_reason == "retrieval_failure"
+
+
+@pytest.mark.parametrize("explain", [False, True])
+def test_a_catalog_that_changed_holds_up_no_loop(
+    backbone: Backbone,
+    small_catalog: Catalog,
+    retriever: Retriever,
+    monkeypatch: pytest.MonkeyPatch,
+    explain: bool,
+) -> None:
+    ranker = HeadRanker(backbone, random_head(backbone.dim), small_catalog, ItemStates("tiny"))
+    graph = build_r2ec_graph(ScriptedEngine([], 4096), ranker, histories={"u": ["0", "1"]})
+    context = {"reasoning": False, "k": 3, "explain": explain}
+    free = threading.Event()
+    plain = backbone.states
+
+    def slow(rows: Any) -> torch.Tensor:
+        assert free.wait(10), "the loop stood still while the LLM read"
+        return plain(rows)
+
+    async def ask() -> Any:
+        asyncio.get_running_loop().call_later(0.2, free.set)
+        return await graph.ainvoke({"user_id": "u"}, context=context)
+
+    try:
+        graph.invoke({"user_id": "u"}, context=context)  # the user's state is known from now on
+        now = retriever.catalog.snapshot
+        small_catalog.upsert([Item("new", "New", {})], now.text_embeddings[:1], now.vectors[:1])
+        monkeypatch.setattr(backbone, "states", slow)
+        assert len(asyncio.run(ask())["recommendations"]) == 3
+    finally:
+        ranker.close()
+
+
 def test_no_room_is_kept_for_lists_that_are_not_written(ranker: HeadRanker) -> None:
     short = ScriptedEngine(["So.</think>"], 256)
     graph = build_r2ec_graph(short, ranker, histories={"u": ["0", "1"]})
@@ -145,7 +191,7 @@ def test_it_is_a_tool_as_deeprec_is(ranker: HeadRanker) -> None:
 def test_new_items_are_told_where_reasons_are(
     backbone: Backbone, small_catalog: Catalog, retriever: Retriever
 ) -> None:
-    known = [content_key(reading) for reading in catalog_readings(small_catalog, backbone)]
+    known = [content_key(reading) for reading in catalog_readings(small_catalog.snapshot, backbone)]
     ranker = HeadRanker(
         backbone, random_head(backbone.dim), small_catalog, ItemStates("tiny"), trained=known
     )

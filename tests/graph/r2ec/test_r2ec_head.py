@@ -2,16 +2,33 @@
 
 import json
 import logging
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from deeprec.errors import HeadError
+from deeprec.errors import EngineError, HeadError
+from deeprec.graph import app
+from deeprec.graph.engine.adapter import weights_digest
+from deeprec.graph.r2ec import build
+from deeprec.graph.r2ec import ranker as ranking
 from deeprec.graph.r2ec.backbone import Backbone, batches
-from deeprec.graph.r2ec.head import HEAD, RecommendationHead, read_card
+from deeprec.graph.r2ec.build import r2ec_settings
+from deeprec.graph.r2ec.head import (
+    HEAD,
+    HeadCard,
+    RecommendationHead,
+    read_card,
+    save_head,
+    weights_fingerprint,
+)
 from deeprec.graph.r2ec.items import ITEMS, ItemStates, catalog_readings
 from deeprec.graph.r2ec.ranker import HeadRanker
 from deeprec.settings import Settings
@@ -28,6 +45,22 @@ def count_reads(backbone: Backbone, monkeypatch: pytest.MonkeyPatch) -> list[int
     plain = backbone.states
     monkeypatch.setattr(backbone, "states", lambda rows: (counts.append(len(rows)), plain(rows))[1])
     return counts
+
+
+class Moments:
+    """A catalog that is another one each time that it is looked at, up to the last."""
+
+    def __init__(self, *snapshots: Any) -> None:
+        self._left = list(snapshots)
+
+    @property
+    def snapshot(self) -> Any:
+        return self._left.pop(0) if len(self._left) > 1 else self._left[0]
+
+
+def workers() -> set[threading.Thread]:
+    """Threads of rankers that nobody closed."""
+    return {thread for thread in threading.enumerate() if thread.name == "deeprec-ranker"}
 
 
 def test_padding_changes_no_state(backbone: Backbone) -> None:
@@ -100,7 +133,7 @@ def test_item_states_are_kept_and_read_again(
 ) -> None:
     HeadRanker.load(head_settings, head_folder, small_catalog).close()
     kept = ItemStates.read(head_folder, read_card(head_folder).weights)
-    sequences = catalog_readings(small_catalog, backbone)
+    sequences = catalog_readings(small_catalog.snapshot, backbone)
     fresh = ItemStates("").of(sequences, backbone)
     assert len(kept) == 10
     torch.testing.assert_close(kept.of(sequences, backbone), fresh, atol=1e-5, rtol=1e-4)
@@ -143,17 +176,145 @@ def test_an_empty_catalog_and_a_head_of_another_width_are_refused(
     with pytest.raises(HeadError, match="16 wide and the model 64"):
         HeadRanker(backbone, RecommendationHead(16), retriever.catalog, ItemStates(""))
 
-    class Nothing:
-        ids = ()
-
-    class Empty:
-        snapshot = Nothing()
-
-    with pytest.raises(HeadError, match="catalog is empty"):
-        catalog_readings(Empty(), backbone)  # type: ignore[arg-type]  # no catalog can be built so
+    nothing: Any = Moments(SimpleNamespace(ids=()))  # no catalog can be built so
+    ranker = HeadRanker(backbone, random_head(backbone.dim), nothing, ItemStates(""))
+    try:
+        with pytest.raises(HeadError, match="catalog is empty"):
+            ranker.table()
+    finally:
+        ranker.close()
 
 
 def test_a_worker_that_fails_tells_and_lives_on(ranker: HeadRanker) -> None:
     with pytest.raises(ValueError, match="a sequence is empty"):
         ranker.submit([]).result()
     assert ranker.submit([5, 6]).result().shape == (ranker.backbone.dim,)
+
+
+def test_a_list_does_not_wait_for_the_readings_of_others(
+    ranker: HeadRanker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranker.table()
+    state = ranker.user_states([[5, 6, 7]])[0]
+    begun, ended = threading.Event(), threading.Event()
+    plain = ranker.backbone.states
+
+    def slow(rows: Any) -> torch.Tensor:
+        begun.set()
+        assert ended.wait(30)
+        return plain(rows)
+
+    monkeypatch.setattr(ranker.backbone, "states", slow)
+    other = ranker.submit([8, 9])
+    assert begun.wait(30)
+    with ThreadPoolExecutor(1) as pool:
+        listed = pool.submit(ranker.best, state, 3)
+        try:
+            assert len(listed.result(timeout=10)) == 3
+        finally:
+            ended.set()
+    assert other.result(timeout=30).shape == state.shape
+
+
+def test_a_catalog_that_changes_while_it_is_read(
+    backbone: Backbone, small_catalog: Catalog, retriever: Retriever
+) -> None:
+    before = small_catalog.snapshot
+    now = retriever.catalog.snapshot
+    new = [Item("new", "New", {})]
+    small_catalog.upsert(new, now.text_embeddings[:1], now.vectors[:1])
+    changing: Any = Moments(before, small_catalog.snapshot)
+    ranker = HeadRanker(backbone, random_head(backbone.dim), changing, ItemStates("tiny"))
+    try:
+        assert len(ranker.table().vectors) == len(before) == 10
+        assert len(ranker.table().vectors) == 11
+    finally:
+        ranker.close()
+
+
+def test_the_catalog_is_written_as_tokens_once(
+    ranker: HeadRanker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    plain = ranking.catalog_readings
+    monkeypatch.setattr(
+        ranking, "catalog_readings", lambda *given: (made.append(1), plain(*given))[1]
+    )
+    first = ranker.table()
+    ranker.project_anew()
+    again = ranker.table()
+    assert again is not first
+    assert again.readings == first.readings == plain(ranker.catalog.snapshot, ranker.backbone)
+    assert made == [1]
+
+
+def test_users_that_were_asked_for_last_are_remembered(
+    ranker: HeadRanker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranking, "_CACHED_USERS", 2)
+    for reading in ([5], [6], [5], [7]):  # 6 is forgotten, not 5
+        ranker.user_states([reading])
+    reads = count_reads(ranker.backbone, monkeypatch)
+    ranker.user_states([[5]])
+    assert reads == []
+    ranker.user_states([[6]])
+    assert reads == [1]
+
+
+def test_states_of_no_items_are_none(backbone: Backbone) -> None:
+    assert ItemStates("").of([], backbone).shape == (0, backbone.dim)
+
+
+def test_a_model_is_the_same_in_its_place_and_in_anothers(tiny_llm: str, tmp_path: Path) -> None:
+    trained = tmp_path / "final"
+    shutil.copytree(tiny_llm, trained)
+    alone = weights_digest(str(trained))
+    weights = weights_fingerprint("a/base", trained)
+    card = HeadCard(base="tiny", dim=4, readings=1, dataset="", weights="", history_length=3)
+    save_head(trained, RecommendationHead(4), card)  # as RecPO leaves one beside a whole model
+    assert weights_digest(str(trained)) == alone
+    assert weights_fingerprint(str(trained), None) == weights
+    assert weights_fingerprint("a/base", trained) == weights
+    assert weights_fingerprint("a/base", None) != weights
+
+
+def test_a_load_that_fails_leaves_no_worker(
+    head_settings: Settings,
+    head_folder: Path,
+    small_catalog: Catalog,
+    retriever: Retriever,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(*_: Any) -> Any:
+        raise EngineError("no room")
+
+    before = workers()
+    place: Any = SimpleNamespace(
+        settings=head_settings.model_copy(update={"head": head_folder}),
+        retriever=retriever,
+        catalog=small_catalog,
+        histories=lambda hold_out: {},
+    )
+    monkeypatch.setattr(app, "load_engine", fails)
+    monkeypatch.setattr(build, "load_engine", fails)
+    for load in (app.load_graph, build.load_r2ec_graph):
+        with pytest.raises(EngineError, match="no room"):
+            load(place)
+        assert workers() == before
+    monkeypatch.setattr(HeadRanker, "table", fails)
+    with pytest.raises(EngineError, match="no room"):
+        HeadRanker.load(head_settings, head_folder, small_catalog)
+    assert workers() == before
+
+
+def test_r2ec_is_served_as_its_head_was_trained(
+    head_settings: Settings, head_folder: Path, backbone: Backbone
+) -> None:
+    card = read_card(head_folder).model_copy(update={"thought_tokens": 7})
+    save_head(head_folder, random_head(backbone.dim), card)
+    own = head_settings.model_copy(update={"head": head_folder})
+    served = r2ec_settings(own)
+    assert (served.history_length, served.thought_tokens, served.decoding) == (3, 7, "free")
+    assert r2ec_settings(own, thought_tokens=5).thought_tokens == 5
+    with pytest.raises(HeadError, match="DEEPREC_HEAD"):
+        r2ec_settings(head_settings)

@@ -1,5 +1,6 @@
 """DeepRec with rank: head: it explores, the head orders what it found, and nothing is decoded."""
 
+import threading
 from typing import Any
 
 import pytest
@@ -96,3 +97,24 @@ def test_too_few_candidates_are_filled_and_flagged(explore: Any) -> None:
 def test_a_head_that_is_not_loaded_is_an_error_at_once(explore: Any) -> None:
     with pytest.raises(RequestError, match="no recommendation head is loaded"):
         explore(*EXPLORES, loaded=False)
+
+
+def test_a_ranking_that_takes_long_holds_up_no_loop_and_keeps_to_the_budget(
+    explore: Any, ranker: HeadRanker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = threading.Event()
+    threads: list[str] = []
+
+    def slow(*_: Any, **__: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        ended.wait(30)
+
+    monkeypatch.setattr(ranker, "best", slow)
+    try:
+        response = respond(explore(*EXPLORES, limits={"time_budget_s": 3}))
+    finally:
+        ended.set()
+    assert threads
+    assert threads != ["deeprec-graph"]  # the loop's own
+    assert response.stop_reason == "time_budget"
+    assert {line.source for line in response.recommendations} == {"fused"}
