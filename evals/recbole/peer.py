@@ -35,7 +35,7 @@ class Ranking(BaseModel):
     user: str
     target: str
     past_included: list[str]
-    past_excluded: list[str]  # the user's past left out, the target apart
+    past_excluded: list[str]  # the user's past left out; so is a target that is in it
 
 
 class PeerResult(BaseModel):
