@@ -60,8 +60,8 @@ def evaluate(config: EvalRun, workspace: Workspace, console: Console) -> Results
     """Ask every recommender for every user that isn't stored yet, then judge all.
 
     Raises EvaluationError for a data set without test users, for a folder that is in use, damaged
-    or of another data set; SettingsError for one of another configuration; and what the parts of
-    the workspace and the engines raise.
+    or of another data set; SettingsError for one of another configuration, or for several LLMs over
+    an engine that has one; and what the parts of the workspace and the engines raise.
     """
     _check_packages()
     agents = {

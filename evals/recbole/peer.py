@@ -21,6 +21,9 @@ from ...tools.interactions import InteractionData
 PYTHON = Path(".venv-recbole/bin/python")
 """Where `make recbole` puts the environment, from the project's root."""
 
+INSTALLED = PYTHON.parents[1] / ".installed"
+"""What `make recbole` leaves once that environment is whole."""
+
 RecBoleModel = Literal["SASRec", "GRU4Rec"]
 
 _WORKER = Path(__file__).with_name("worker.py")

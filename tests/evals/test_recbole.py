@@ -11,15 +11,14 @@ import pytest
 
 from deeprec.errors import EvaluationError
 from deeprec.evals import recommenders
-from deeprec.evals.recbole.peer import PYTHON, PeerResult, run_recbole
+from deeprec.evals.recbole.peer import INSTALLED, PYTHON, PeerResult, run_recbole
 from deeprec.tools.interactions import InteractionData, leave_one_out
 from deeprec.tools.trm.scoring import ndcg, recall
 
 from .conftest import Evaluate, taking_again
 
 there = pytest.mark.skipif(
-    not (PYTHON.parents[1] / ".installed").exists(),
-    reason="RecBole's environment is not there (make recbole)",
+    not INSTALLED.exists(), reason="RecBole's environment is not there (make recbole)"
 )
 
 
