@@ -193,10 +193,10 @@ def test_the_split_of_a_step(tmp_path: Path) -> None:
             "seconds/reward": 0.5,
         }
 
-    history = [row(50, 0), row(10, 20), row(30, 40), {"train_runtime": 1.0}]
+    history = [row(70, 0), row(10, 20), row(30, 40), {"train_runtime": 1.0}]
     assert split(history) == {"generate": 20, "update": 30, "sync": 1, "reward": 0.5}
     # The updates that took 20 and 40 s are those of the first two steps.
-    assert updated(history) == {"read": 3000, "trained": 300}
+    assert updated(history) == {"read": 4000, "trained": 400}
     with pytest.raises(DeepRecError, match="second step"):
         split(history[:1])
     config = configuration(tmp_path, "tiny", steps=2, rows_per_pass=4)
