@@ -16,7 +16,7 @@ TORCH_CPU := https://download.pytorch.org/whl/cpu
 # Where this is set, every start would compile all that it imports anew (half a minute here).
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-slow fuzz lint format studio bench bench-agent soak train-smoke recbole audit sbom install clean
+.PHONY: demo test test-slow fuzz lint format studio bench soak train-smoke recbole audit sbom install clean
 
 demo: $(VENV)/.installed ## set up, train the TRM, and watch the agent recommend for three users
 	$(BIN)/deeprec demo
@@ -48,9 +48,6 @@ studio: $(VENV)/.installed-server ## LangGraph's server with Studio on 127.0.0.1
 
 bench: $(VENV)/.installed-dev ## after make demo: speed of rollouts, retriever, search, start and training, in runs/bench
 	$(BIN)/python -m deeprec.evals.bench.suite
-
-bench-agent: $(VENV)/.installed ## guided runs over 100 test users: validity and speed
-	$(BIN)/python -m deeprec.evals.bench.agent --users 100 --max-retrievals 4
 
 soak: $(VENV)/.installed ## after make demo: 2,000 guided runs, a fault in every hundredth; goes on after a kill
 	DEEPREC_ENGINE__KV_CACHE_GIB=$${DEEPREC_ENGINE__KV_CACHE_GIB:-1} $(BIN)/python -m deeprec.evals.bench.soak

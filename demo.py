@@ -221,7 +221,6 @@ def _what_next(workspace: Workspace, console: Console) -> None:
         '  .venv/bin/deeprec recommend "Toy Story" "Babe" "Aladdin" --trace\n'
         '  .venv/bin/deeprec recommend --user 1 --filters \'{"genres": ["Comedy"]}\' --json\n'
         "  make studio     # watch the loop in LangGraph Studio\n"
-        "  make bench-agent  # 100 test users: validity and speed\n"
         f"{served}"
         f"  rm -r {workspace.settings.home}    # forget everything that the demo made",
         highlight=False,

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..graph.fusion import reciprocal_rank_fusion
-from ..graph.state import RecommendationResponse, RunSettings
+from ..graph.state import RecommendationResponse, RunSettings, Usage
 from .config import Price
 from .results import AgentFigures, Cost, ListName, TurnPoint
 from .statistics import Interval, intervals, paired_p
@@ -26,13 +26,24 @@ def is_strict(response: RecommendationResponse) -> bool:
     return ended and not response.violations
 
 
+def answered(
+    runs: Sequence[RecommendationResponse | None],
+) -> list[RecommendationResponse | None]:
+    """The runs, None in the place of a failed one: it is a miss, whatever a server would have
+    filled its list with. A run that hit a limit and was answered all the same has not failed.
+    """
+    return [None if run is None or run.failure is not None else run for run in runs]
+
+
 def lists_of(
     runs: Sequence[RecommendationResponse | None], *, free: bool, searches: bool = True
 ) -> dict[ListName, list[list[str | None]]]:
-    """Each run's lists; empty where there is no run. Strict ones exist in free decoding alone.
+    """Each run's lists; empty where it failed or there is none. Strict ones exist in free decoding
+    alone.
 
     An agent that never searches has one list, and no format to keep to.
     """
+    runs = answered(runs)
     named: dict[ListName, list[list[str | None]]] = {}
     if not searches:
         named["ranked"] = [[line.id for line in run.recommendations] if run else [] for run in runs]
@@ -69,19 +80,24 @@ class Runs:
     searches: bool = True  # else there is no format that a run could keep to
 
     def figures(self) -> AgentFigures:
-        """All figures; a missing run counts as one that found and wrote nothing."""
+        """All figures; a run that failed counts as one that found and wrote nothing, and one that
+        was refused took nothing either.
+        """
         there = [run for run in self.runs if run is not None]
-        answers = [[item for item in run.answer if item is not None] for run in there]
-        lines = [line for run in there for line in run.recommendations]
+        own = [run for run in answered(self.runs) if run is not None]
+        answers = [[item for item in run.answer if item is not None] for run in own]
+        lines = [line for run in own for line in run.recommendations]
         sizes = np.array([len(found) for found in self._candidates(None)])
         found = self._found(None)
         longer = self._longer(sizes)
         filled = [
-            sum(line.filled for line in run.recommendations) if run else 0 for run in self.runs
+            sum(line.filled for line in run.recommendations) if run else 0
+            for run in answered(self.runs)
         ]
-        seconds = np.array([run.usage.seconds for run in there] or [0.0])
+        usages = [Usage() if run is None else run.usage for run in self.runs]
+        seconds = np.array([usage.seconds for usage in usages])
         tokens = {
-            author: _mean(getattr(run.usage, f"{author}_tokens") for run in there)
+            author: _mean(getattr(usage, f"{author}_tokens") for usage in usages)
             for author in _AUTHORS
         }
         strict = [run is not None and is_strict(run) for run in self.runs]
@@ -108,19 +124,19 @@ class Runs:
             if self.searches and self.settings.decoding == "free"
             else None,
             broken_rules=_counted(rule for run in there for rule in run.violations),
-            answer_lines=sum(len(run.answer) for run in there),
-            invented_lines=sum(run.answer.count(None) for run in there),
+            answer_lines=sum(len(run.answer) for run in own),
+            invented_lines=sum(run.answer.count(None) for run in own),
             repeated_lines=sum(len(ids) - len(set(ids)) for ids in answers),
             lines_by_source=_counted(line.source for line in lines),
             filled_lines=self._interval(filled),
             tokens=tokens,
-            generations=_mean(run.usage.generations for run in there),
+            generations=_mean(usage.generations for usage in usages),
             seconds={
                 "mean": float(seconds.mean()),
                 "median": float(np.median(seconds)),
                 "95th percentile": float(np.quantile(seconds, 0.95)),
             },
-            cost=self._cost(tokens) if there else None,
+            cost=self._cost(tokens),
         )
 
     def _cost(self, tokens: Mapping[str, float]) -> Cost:
@@ -142,7 +158,7 @@ class Runs:
             [[item.id for item in turn.retrieved] for turn in run.turns if turn.retrieved]
             if run
             else []
-            for run in self.runs
+            for run in answered(self.runs)
         ]
 
     def _candidates(self, searches: int | None) -> list[set[str]]:
@@ -187,5 +203,4 @@ def _counted(values: Iterable[str]) -> dict[str, int]:
 
 
 def _mean(values: Iterable[float]) -> float:
-    listed = list(values)
-    return sum(listed) / len(listed) if listed else 0.0
+    return float(np.mean(list(values)))

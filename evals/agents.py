@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Awaitable, Callable, Generator, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import replace
@@ -57,7 +57,7 @@ class Agent:
             run = RecommendationResponse.model_validate(answer)
             return Ranking(
                 user=user.id,
-                items=tuple(line.id for line in run.recommendations),
+                items=() if run.failure else tuple(line.id for line in run.recommendations),
                 failure=run.failure.detail if run.failure else None,
                 run=run,
             )
@@ -91,8 +91,25 @@ def agent_settings(settings: Settings, entry: AgentEntry, config: EvalRun) -> Ru
     return chosen
 
 
+def check_one_llm(settings: Settings, entries: Iterable[AgentEntry]) -> None:
+    """Raise SettingsError where entries name several LLMs and the engine has but one, whichever
+    they name.
+    """
+    kind = settings.engine.kind
+    if kind not in ("server", "chat"):
+        return
+    named = {(own.model_name, own.adapter) for own in (_llm(settings, each) for each in entries)}
+    if len(named) > 1:
+        raise SettingsError(
+            f"the agents name {len(named)} LLMs, by model, adapter or head, and an engine of kind "
+            f"{kind!r} plays the one that it has: evaluate each by a configuration and an output "
+            "of its own, or set DEEPREC_ENGINE__KIND to vllm"
+        )
+
+
 def policy_digest(settings: Settings, entry: AgentEntry) -> str:
-    """Which LLM plays, and which head ranks: names, and the content of adapter and head.
+    """Which LLM plays, and which head ranks: names, and the content of adapter and head. A server
+    says itself what it plays.
 
     Raises EngineError, HeadError.
     """
@@ -102,6 +119,10 @@ def policy_digest(settings: Settings, entry: AgentEntry) -> str:
         return f"{llm}, head {head_digest(entry.head)}"
     if own.engine.kind == "chat":
         return own.engine.chat_model
+    if own.engine.kind == "server":
+        from ..graph.engine.vllm_server import served_model
+
+        return served_model(own.engine.url, api_key=own.engine.api_key or None).name
     if own.adapter is None:
         return own.model_name
     try:
@@ -135,30 +156,43 @@ class Engines:
     def graph(
         self, entry: AgentEntry, settings: RunSettings
     ) -> CompiledStateGraph[Any, Any, Any, Any]:
-        """Load what the entry's agent needs. Raises DeepRecError where a part is missing."""
-        own, workspace = _own(self._workspace.settings, entry), self._workspace
+        """Load what the entry's agent needs, and have it answer once: what it costs afterwards is
+        the same at every place of the configuration. Raises DeepRecError where a part is missing.
+        """
+        agent, engine = self._loaded(entry, settings)
+        user = next(iter(self._workspace.histories(hold_out=True)))
+        asyncio.run(agent.ainvoke(parse_request(user_id=user)))  # the first run is a slow one
+        engine.forget_prefixes()  # of this run, and of the agents before
+        return agent
+
+    def _loaded(
+        self, entry: AgentEntry, settings: RunSettings
+    ) -> tuple[CompiledStateGraph[Any, Any, Any, Any], Engine]:
+        workspace = self._workspace
         self._release_ranker()
         if entry.head is not None:
+            own = _own(workspace.settings, entry)
             self._ranker = HeadRanker.load(own, entry.head, workspace.catalog)
-            if entry.kind == "r2ec":
-                own = model_of_head(own, entry.head)
+        own = _llm(workspace.settings, entry)
         wanted = (own.model_name, own.adapter)
         if self._engine is None or wanted != self._of:
             self._release()
             self._engine, self._of = load_engine(own), wanted
         histories = workspace.histories(hold_out=True)
         if entry.kind == "r2ec" and self._ranker is not None:
-            return build_r2ec_graph(
+            agent = build_r2ec_graph(
                 self._engine, self._ranker, histories=histories, settings=settings
             )
+            return agent, self._engine
         retriever = self._blind if entry.kind == "blind_agent" else workspace.retriever
-        return build_graph(
+        agent = build_graph(
             self._engine,
             retriever,
             histories=histories,
             settings=settings,
             ranker=self._ranker,
         )
+        return agent, self._engine
 
     @cached_property
     def _blind(self) -> BlindRetriever:
@@ -192,6 +226,14 @@ def _own(settings: Settings, entry: AgentEntry) -> Settings:
             "head": entry.head,
         }
     )
+
+
+def _llm(settings: Settings, entry: AgentEntry) -> Settings:
+    """Settings whose LLM is the one that plays: R2ec's is the one that its head reads."""
+    own = _own(settings, entry)
+    if entry.kind == "r2ec" and entry.head is not None:
+        return model_of_head(own, entry.head)
+    return own
 
 
 def _as_finished(

@@ -24,7 +24,7 @@ from ..configuration import keep_config, write_text
 from ..errors import EvaluationError
 from ..tools.progress import judged
 from ..tools.workspace import Workspace
-from .agents import Agent, Engines, agent_settings, policy_digest
+from .agents import Agent, Engines, agent_settings, check_one_llm, policy_digest
 from .config import AgentEntry, EvalRun, TRMEntry
 from .judge import Answers, Judge
 from .metrics import check, ranks, values
@@ -53,21 +53,23 @@ _FREE = frozenset({"output", "concurrency", "traces", "steering", "cost"})
 class _Kept(EvalRun):
     """What a folder was made with: the configuration, and what its parts are."""
 
-    made_of: dict[str, str]  # fingerprints of data set, TRM, encoder and LLMs; settings of runs
+    made_of: dict[str, str]  # see _made_of
 
 
 def evaluate(config: EvalRun, workspace: Workspace, console: Console) -> Results:
     """Ask every recommender for every user that isn't stored yet, then judge all.
 
     Raises EvaluationError for a data set without test users, for a folder that is in use, damaged
-    or of another data set; SettingsError for one of another configuration; and what the parts of
-    the workspace and the engines raise.
+    or of another data set; SettingsError for one of another configuration, or for several LLMs over
+    an engine that has one; and what the parts of the workspace and the engines raise.
     """
     _check_packages()
+    agents = {
+        name: entry for name, entry in config.recommenders.items() if isinstance(entry, AgentEntry)
+    }
+    check_one_llm(workspace.settings, agents.values())
     settings = {
-        name: agent_settings(workspace.settings, entry, config)
-        for name, entry in config.recommenders.items()
-        if isinstance(entry, AgentEntry)
+        name: agent_settings(workspace.settings, entry, config) for name, entry in agents.items()
     }
     task = Task.of(workspace.data, workspace.split, limit=config.users, seed=config.seed)
     with _locked(config.output):
@@ -243,16 +245,18 @@ def _conclude(
 def _made_of(
     config: EvalRun, workspace: Workspace, settings: dict[str, RunSettings]
 ) -> dict[str, str]:
-    """Fingerprints of all that answers depend on, beside the configuration."""
+    """What answers depend on beside the configuration: fingerprints, and how LLM and search run."""
     made_of = {"dataset": workspace.data.fingerprint}
-    entries = config.recommenders
+    entries, chosen = config.recommenders, workspace.settings
     if settings or any(isinstance(entry, TRMEntry) for entry in entries.values()):
         parts = workspace.catalog.fingerprint
-        made_of |= {"trm": parts.trm, "encoder": parts.encoder}
+        made_of |= {"trm": parts.trm, "encoder": parts.encoder, "search": chosen.catalog.search}
+    if settings:
+        made_of["engine"] = f"{chosen.engine.kind}, {chosen.engine.dtype}"
     for name, made in settings.items():
         entry = entries[name]
         if isinstance(entry, AgentEntry):
-            made_of[f"{name}, LLM"] = policy_digest(workspace.settings, entry)
+            made_of[f"{name}, LLM"] = policy_digest(chosen, entry)
         made_of[f"{name}, settings"] = made.model_dump_json()
     return made_of
 

@@ -48,11 +48,6 @@ class Checked:
     unknown: tuple[str, ...] = ()
     past: tuple[str, ...] = ()  # what the user has had, where that was to be left out
 
-    @property
-    def faults(self) -> int:
-        """How many places can't be hits."""
-        return len(self.duplicates) + len(self.unknown) + len(self.past)
-
 
 def check(
     items: Sequence[str | None], k: int, known: Collection[str], past: Collection[str] = ()

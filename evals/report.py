@@ -30,7 +30,7 @@ _INTERVAL = re.compile(r" (\([−\d.]+(?:–| to )[−\d.]+\))")
 def report(folders: Sequence[Path]) -> str:
     """The report of one finished evaluation, or of several side by side, as HTML.
 
-    Raises EvaluationError: no results, damaged ones, or those of different data sets.
+    Raises EvaluationError: no results, damaged ones, or those that can't be compared.
     """
     runs = read_runs(folders)
     return render(runs, [read_per_user(folder, runs[0].compare_by) for folder in folders])
@@ -39,8 +39,8 @@ def report(folders: Sequence[Path]) -> str:
 def read_runs(folders: Sequence[Path]) -> list[Results]:
     """Results that can stand side by side.
 
-    Raises EvaluationError: none, damaged ones, those of different data sets, or without the metric
-    by which the first compares.
+    Raises EvaluationError: none, damaged ones, those of different data sets or lengths of lists, or
+    without the metric by which the first compares.
     """
     runs = [Results.read(folder) for folder in folders]
     first = runs[0]
@@ -49,6 +49,11 @@ def read_runs(folders: Sequence[Path]) -> list[Results]:
             raise EvaluationError(
                 f"{folder} holds results of data set {run.dataset!r} ({run.fingerprint}), "
                 f"{folders[0]} of {first.dataset!r} ({first.fingerprint}): they can't be compared."
+            )
+        if run.k != first.k:
+            raise EvaluationError(
+                f"{folder} judges lists of {run.k}, {folders[0]} of {first.k}: they can't be "
+                "compared. Evaluate both with the same k."
             )
         if first.compare_by not in run.metrics:
             raise EvaluationError(

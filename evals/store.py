@@ -1,12 +1,10 @@
 """What recommenders answered, as JSON lines that grow user by user and outlive a kill.
 
-A line is written whole or is torn: a last line without its end is dropped when the file is read,
-and its user asked again. Anything else that can't be read is an error.
+The user of a line that a kill tore is asked again. Anything else that can't be read is an error.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from ..errors import EvaluationError
 from ..graph.state import OUTAGES, RecommendationResponse
+from .json_lines import JSONLines
 
 
 class Ranking(BaseModel):
@@ -41,7 +40,7 @@ class Store:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._handle: int | None = None
+        self._lines = JSONLines(path)
 
     def read(self, users: Iterable[str]) -> dict[str, Ranking]:
         """What is stored, by user, in the order of `users`.
@@ -51,7 +50,7 @@ class Store:
         """
         wanted = dict.fromkeys(users)
         found: dict[str, Ranking] = {}
-        for number, line in enumerate(self._lines(), 1):
+        for number, line in enumerate(self._lines.read(), 1):
             try:
                 ranking = Ranking.model_validate_json(line)
             except ValidationError as error:
@@ -74,27 +73,11 @@ class Store:
         return {user: found[user] for user in wanted if user in found}
 
     def append(self, ranking: Ranking) -> None:
-        """Add one user, whom a kill of this process can't take away again.
-
-        Raises EvaluationError where the disk is full.
-        """
-        if self._handle is None:
-            raise RuntimeError("append needs an open store")
-        line = ranking.model_dump_json().encode() + b"\n"
-        try:
-            written = os.write(self._handle, line)
-        except OSError as error:
-            raise self._unwritable(str(error)) from error
-        if written < len(line):
-            raise self._unwritable(f"{written} of {len(line)} bytes were written")
+        """Add one user. Raises EvaluationError where the disk is full."""
+        self._lines.append(ranking.model_dump_json())
 
     def __enter__(self) -> Store:
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-            os.ftruncate(self._handle, self._whole())
-        except OSError as error:
-            raise self._unwritable(str(error)) from error
+        self._lines.open()
         return self
 
     def __exit__(
@@ -103,23 +86,4 @@ class Store:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._handle is not None:
-            os.fsync(self._handle)
-            os.close(self._handle)
-            self._handle = None
-
-    def _unwritable(self, why: str) -> EvaluationError:
-        return EvaluationError(
-            f"can't write {self.path}: {why}. Free disk space, or give another output; what is "
-            "written already stays."
-        )
-
-    def _content(self) -> bytes:
-        return self.path.read_bytes() if self.path.exists() else b""
-
-    def _whole(self) -> int:
-        """Bytes up to the end of the last whole line."""
-        return self._content().rfind(b"\n") + 1
-
-    def _lines(self) -> list[bytes]:
-        return self._content()[: self._whole()].splitlines()
+        self._lines.close()

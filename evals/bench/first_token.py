@@ -24,7 +24,7 @@ from rich.table import Table
 from ...errors import EvaluationError
 from ...settings import load_settings
 from ...tools.workspace import Workspace
-from .command import leave, run_benchmark
+from .command import leave, machine, run_benchmark
 
 GRAPH = "deeprec"
 MOMENTS = ("accepted", "request read", "first text", "first sampled", "first list", "answer")
@@ -81,6 +81,7 @@ def main(
     k: Annotated[int, typer.Option(min=1, help="Items of a list.")] = 10,
 ) -> None:
     """Measure what a client of the server waits for."""
+    where = machine()
     workspace = Workspace(load_settings())
     users = [*workspace.histories(hold_out=False)][:runs]
     context = {"k": k, "limits": {"max_retrievals": 1, "min_retrievals": 1}}
@@ -90,7 +91,8 @@ def main(
     for moment, seconds in told.items():
         table.add_row(moment, *(f"{seconds[name]:.2f}" for name in ("median", "least", "most")))
     Console().print(table)
-    leave(workspace, "first-token", {"context": context, "seconds": told, "runs": measured})
+    found = {"context": context, "seconds": told, "runs": measured}
+    leave(workspace, "first-token", found, where=where)
 
 
 if __name__ == "__main__":

@@ -23,9 +23,9 @@ from rich.console import Console
 from ...configuration import write_json
 from ...errors import DeepRecError
 from ...settings import load_settings
-from .command import OUTPUT, Figure, machine, run_benchmark, tell
+from .command import OUTPUT, WARM_START, Figure, machine, run_benchmark, tell
 
-_ADAPTER = Path(__file__).parents[2] / "training" / "adapters" / "warm_start_ml100k"
+_TOKENS = ("read", "trained")
 _PARTS = ("generate", "update", "sync", "reward")
 _PASSES_OF_LORA = 4  # operations a parameter and token: forward, and backward through activations
 
@@ -37,7 +37,7 @@ def configuration(
     return {
         "output": str(output),
         "workspace": workspace,
-        "start": str(_ADAPTER),
+        "start": str(WARM_START),
         "stages": [{"stage": "cold_start", "steps": steps}],
         "prompts_per_step": 3,
         "group_size": 8,
@@ -65,6 +65,14 @@ def split(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
         raise DeepRecError("the run's log holds no second step; give --steps 2 or more")
     names = {part: f"seconds/{part}" for part in _PARTS} | {"update": "seconds/update_before"}
     return {part: fmean(float(row[names[part]]) for row in later) for part in _PARTS}
+
+
+def updated(history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Mean tokens of a pass, read and trained on, over the updates whose seconds `split` tells:
+    those of all steps but the last.
+    """
+    earlier = [row for row in history if "seconds/generate" in row][:-1]
+    return {part: fmean(float(row[f"tokens/{part}"]) for row in earlier) for part in _TOKENS}
 
 
 def main(
@@ -95,8 +103,7 @@ def main(
     kept = config["prompts_per_step"] * config["kept_per_group"]
     played = config["prompts_per_step"] * config["group_size"]
     passes = kept // rows_per_pass
-    read = passes * fmean(row["tokens/read"] for row in rows)
-    trained = passes * fmean(row["tokens/trained"] for row in rows)
+    read, trained = (passes * tokens for tokens in updated(history).values())
     written = played * fmean(row["run/policy_tokens"] for row in rows[1:])
     gpu = [row["memory/peak_gib"] for row in rows if "memory/peak_gib" in row]
     peak = max(gpu) if gpu else resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20
@@ -114,7 +121,7 @@ def main(
         Figure("written by the policy", written / seconds["generate"], "tokens/s"),
         Figure("read in the update", read / seconds["update"], "tokens/s"),
         Figure("of them scored by the head and trained on", 100 * trained / read, "%"),
-        Figure("peak memory of the trainer", peak, "GiB"),
+        Figure(f"peak memory of the {'trainer' if gpu else 'largest process'}", peak, "GiB"),
     ]
     if gpu:
         work = _PASSES_OF_LORA * _parameters(settings.model_name) * read

@@ -18,7 +18,7 @@ from ...settings import Settings, load_settings
 from ...tools.retriever import RetrievalRequest
 from ...tools.trm.vocabulary import Vocabulary, render
 from ...tools.workspace import Workspace
-from .command import leave, run_benchmark
+from .command import leave, machine, run_benchmark
 
 _K = 20
 _COLUMNS = ("users", "list_overlap", "same_list", "recall_exact", "recall_hnsw")
@@ -87,6 +87,7 @@ def answers(
 def main() -> None:
     """Run the benchmark on the workspace of the settings."""
     console = Console()
+    where = machine()
     settings = load_settings()
     workspace = Workspace(settings)
     kinds = requests(workspace)
@@ -105,7 +106,7 @@ def main() -> None:
         "k": _K,
         "preference": figures,
     }
-    folder = leave(workspace, "hnsw_recall", report)
+    folder = leave(workspace, "hnsw_recall", report, where=where)
     table = Table("preference", *(name.replace("_", " ") for name in _COLUMNS))
     for kind, row in figures.items():
         table.add_row(kind, *(f"{row[name]:.4g}" for name in _COLUMNS))

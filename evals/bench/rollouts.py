@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -32,10 +32,9 @@ from ...settings import load_settings
 from ...tools.retriever import Retriever
 from ...tools.workspace import Workspace
 from .bare_loop import play, play_in_lock_step
-from .command import OUTPUT, Figure, machine, run_benchmark, tell
+from .command import OUTPUT, WARM_START, Figure, machine, run_benchmark, tell
 from .replay import Call, Gate, Recorder, Replay
 
-_ADAPTER = Path(__file__).parents[2] / "training" / "adapters" / "warm_start_ml100k"
 # What a trajectory is made of: what rollouts have the graph give.
 _KEYS = (
     *("run", "history_ids", "segments", "turns", "recommendations", "answer", "violations"),
@@ -45,7 +44,7 @@ _GROUP, _GROUPS = 8, 4  # runs of one prompt; prompts
 
 Run = tuple[Sequence[str], RunSettings]
 Segments = list[list[Segment]]
-Schedule = Callable[[Engine, Retriever, Sequence[Run]], Awaitable[Segments]]
+Schedule = Callable[[Engine, Retriever, Sequence[Run]], Coroutine[Any, Any, Segments]]
 
 
 async def in_graph(
@@ -103,7 +102,7 @@ def timed(
             records[name] = Recorder(engine)
             engine.forget_prefixes()
             began, cpu = time.perf_counter(), time.process_time()
-            played = asyncio.run(_all(schedules[name], records[name], retriever, runs))
+            played = asyncio.run(schedules[name](records[name], retriever, runs))
             seconds = time.perf_counter() - began
             written = sum(Transcript(segments).count("policy") for segments in played)
             took[name].append(
@@ -145,7 +144,7 @@ def added_cpu(
         written: list[Segments] = []
         for name, play_all in schedules.items():
             began = time.process_time()
-            written.append(asyncio.run(_all(play_all, engine, retriever, runs)))
+            written.append(asyncio.run(play_all(engine, retriever, runs)))
             if nth:  # the first warms up
                 spent[name].append(1000 * (time.process_time() - began) / len(runs))
         if written[0] != written[1]:
@@ -192,12 +191,6 @@ def shared_prefill(calls: Sequence[Call]) -> float:
     return 1 - missed / read
 
 
-async def _all(
-    schedule: Schedule, engine: Engine, retriever: Retriever, runs: Sequence[Run]
-) -> Segments:
-    return await schedule(engine, retriever, runs)
-
-
 def main(
     users: Annotated[int, typer.Option(min=2, help="Of the lock-step comparison.")] = 96,
     concurrency: Annotated[int, typer.Option(min=1, help="Runs at a time in it.")] = 32,
@@ -214,7 +207,7 @@ def main(
     console = Console()
     where = machine()
     settings = load_settings()
-    settings = settings.model_copy(update={"adapter": settings.adapter or _ADAPTER})
+    settings = settings.model_copy(update={"adapter": settings.adapter or WARM_START})
     chosen = run_settings(
         settings,
         on_limit="fail",

@@ -27,7 +27,7 @@ from ...graph.requests import parse_request
 from ...graph.state import Limits, RecommendationRequest, RecommendationResponse, RunSettings
 from ...settings import load_settings
 from ...tools.workspace import Workspace
-from .command import leave, run_benchmark
+from .command import leave, machine, run_benchmark
 from .soak_faults import (
     FAULTS,
     BreakableEncoder,
@@ -219,6 +219,7 @@ def main(
 ) -> None:
     """Soak the workspace of the settings; exits with 1 where a check fails."""
     console = Console()
+    where = machine()
     workspace = Workspace(load_settings())
     folder = workspace.folder / "bench" / "soak"
     model = workspace.settings.model_name.rpartition("/")[2]
@@ -233,12 +234,9 @@ def main(
     journal = Journal(folder / "runs.jsonl")
     ended = {run.run for run in journal.runs}
     left = [run for run in range(runs) if run not in ended]
-    unfinished = 0
     if left:
-        unfinished = _soak(workspace, journal, left, concurrency, fault_every, console)
-    checks = judge(
-        journal.runs, journal.memory, wanted=runs, unfinished=unfinished, warm_up=warm_up
-    )
+        _soak(workspace, journal, left, concurrency, fault_every, console)
+    checks = judge(journal.runs, journal.memory, wanted=runs, warm_up=warm_up)
     found = {
         **config.model_dump(mode="json"),
         "warm_up": warm_up,
@@ -246,7 +244,7 @@ def main(
         "memory": [each.model_dump() for each in journal.memory],
     }
     written = report(journal.runs, journal.memory, checks)
-    write_text(leave(workspace, "soak", found) / "soak.md", written)
+    write_text(leave(workspace, "soak", found, where=where) / "soak.md", written)
     console.print(written, markup=False, highlight=False, soft_wrap=True)
     if not all(ok for _, ok in checks.values()):
         raise typer.Exit(1)
@@ -259,8 +257,8 @@ def _soak(
     concurrency: int,
     every: int,
     console: Console,
-) -> int:
-    """Play what is left. Gives the generations that are under way when all have ended."""
+) -> None:
+    """Play what is left, and keep how many generations are under way when all have ended."""
     encoder = BreakableEncoder(workspace.settings.encoder_name)
     histories = workspace.histories(hold_out=False)
     engine = load_engine(workspace.settings)
@@ -281,9 +279,9 @@ def _soak(
                 )
 
         asyncio.run(play_all(player, left, concurrency, add))
-        unfinished = settled(engine)
+        last = sample(journal.process, len(journal.runs) - before)
+        journal.add(last.model_copy(update={"unfinished": settled(engine)}))
     engine.close()
-    return unfinished
 
 
 if __name__ == "__main__":

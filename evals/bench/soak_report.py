@@ -10,6 +10,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from ...errors import EvaluationError
+from ..json_lines import JSONLines
 from .soak_faults import ENDS, Fault
 
 MOST_GROWTH = 0.05
@@ -43,6 +44,8 @@ class Memory(BaseModel):
     runs: int
     own_mib: float
     children_mib: float
+    # Once all runs of the process have ended: generations that are still under way.
+    unfinished: int | None = None
 
     @property
     def total(self) -> float:
@@ -54,12 +57,10 @@ class Journal:
     """The lines of a soak; one that a kill tore is dropped."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        kept = path.read_bytes() if path.exists() else b""
-        whole = kept[: kept.rfind(b"\n") + 1]
+        self._lines = JSONLines(path)
         self.runs: list[Ended] = []
         self.memory: list[Memory] = []
-        for number, line in enumerate(whole.splitlines(), 1):
+        for number, line in enumerate(self._lines.read(), 1):
             try:
                 said = json.loads(line)
                 if "ended" in said:
@@ -69,25 +70,22 @@ class Journal:
             except ValueError as error:
                 raise EvaluationError(f"{path}, line {number} is damaged: remove it") from error
         self.process = 1 + max((sample.process for sample in self.memory), default=0)
-        self._handle = path.open("r+b" if path.exists() else "wb")
-        self._handle.truncate(len(whole))
-        self._handle.seek(len(whole))
+        self._lines.open()
 
     def add(self, line: Ended | Memory) -> None:
-        """Keep a line."""
+        """Keep a line. Raises EvaluationError where the disk is full."""
         if isinstance(line, Ended):
             self.runs.append(line)
         else:
             self.memory.append(line)
-        self._handle.write(line.model_dump_json().encode() + b"\n")
-        self._handle.flush()
+        self._lines.append(line.model_dump_json())
 
 
 def growth(samples: Sequence[Memory], warm_up: int) -> float | None:
     """How much the memory of one process grew from the first sample after `warm_up` runs to the
-    last, as a share; None where it has no two samples to compare.
+    last while it was at work, as a share; None where it has no two samples to compare.
     """
-    later = [sample.total for sample in samples if sample.runs >= warm_up]
+    later = [each.total for each in samples if each.runs >= warm_up and each.unfinished is None]
     return later[-1] / later[0] - 1 if len(later) > 1 else None
 
 
@@ -99,8 +97,17 @@ def longest(samples: Sequence[Memory]) -> list[Memory]:
     return max(by_process.values(), key=lambda own: own[-1].runs, default=[])
 
 
+def unfinished(memory: Sequence[Memory]) -> int | None:
+    """Generations under way when the last process had ended its runs; None where it was killed
+    before that was known.
+    """
+    last = max((sample.process for sample in memory), default=0)
+    told = [sample.unfinished for sample in memory if sample.process == last]
+    return next((left for left in reversed(told) if left is not None), None)
+
+
 def judge(
-    runs: Sequence[Ended], memory: Sequence[Memory], *, wanted: int, unfinished: int, warm_up: int
+    runs: Sequence[Ended], memory: Sequence[Memory], *, wanted: int, warm_up: int
 ) -> dict[str, tuple[str, bool]]:
     """Each check: what was found, and whether it passed."""
     times = Counter(run.run for run in runs)
@@ -113,6 +120,7 @@ def judge(
     failed = [run.run for run in runs if run.fault is None and run.why]
     unsound = [run.run for run in runs if not run.sound]
     unaccounted = [run.run for run in runs if not run.accounted]
+    left = unfinished(memory)
     own = longest(memory)
     grown = growth(own, warm_up)
     told = "not measured: too few runs in one process"
@@ -127,7 +135,10 @@ def judge(
         "runs without a fault that failed": _none_of(failed),
         "lists that are not K new items": _none_of(unsound),
         "runs whose usage is not what engine and retriever gave": _none_of(unaccounted),
-        "generations under way at the end": (str(unfinished), unfinished == 0),
+        "generations under way at the end": (
+            "not known: the last process was killed; play more runs" if left is None else str(left),
+            left == 0,
+        ),
         "memory": (told, grown is not None and grown <= MOST_GROWTH),
     }
 

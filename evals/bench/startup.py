@@ -19,9 +19,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from .command import OUTPUT, Figure, machine, run_benchmark, tell
-
-_ADAPTER = Path(__file__).parents[2] / "training" / "adapters" / "warm_start_ml100k"
+from .command import OUTPUT, WARM_START, Figure, machine, run_benchmark, tell
 
 _IMPORT = """
 import time
@@ -72,7 +70,7 @@ retriever.close()
 def stages(*arguments: str) -> dict[str, float]:
     """Seconds of each stage of a process that loads what `arguments` ask for, and `process`."""
     began = time.perf_counter()
-    said = _output(["-c", _STAGES, str(_ADAPTER), *arguments])
+    said = _output(["-c", _STAGES, str(WARM_START), *arguments])
     whole = time.perf_counter() - began
     found: dict[str, float] = json.loads(said.strip().splitlines()[-1])
     return {**found, "process": whole}

@@ -26,7 +26,7 @@ from ...tools.text_encoder import TextEncoder
 from ...tools.trm.config import DeepRecConfig, FitConfig
 from ...tools.trm.fit import fit
 from ...tools.workspace import Workspace
-from .command import leave, run_benchmark
+from .command import leave, machine, run_benchmark
 from .pace import Pace
 
 _CATEGORIES, _LENGTH, _STAYS = 200, 20, 0.8
@@ -87,6 +87,7 @@ def main(
 ) -> None:
     """Run the benchmark."""
     console = Console()
+    where = machine()
     workspace = Workspace(load_settings())
     rows = []
     for size in items or [10_000, 100_000, 1_000_000]:
@@ -101,7 +102,7 @@ def main(
         "threads": threads,
         "rows": rows,
     }
-    folder = leave(workspace, "trm_scale", report)
+    folder = leave(workspace, "trm_scale", report, where=where)
     table = Table("items", "seconds in all", "examples/s", "peak memory, GiB", "of it texts, GiB")
     for row in rows:
         table.add_row(

@@ -2,12 +2,12 @@
 
 Reads a prepared workspace (`make demo` makes one) and RecBole's environment (`make recbole`). An
 example is a target that is learned; RecBole learns each from the history, the TRM from the history
-and again from history and preference. Writes trm_training.json into the workspace's folder `bench`.
+and again from history and preference.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -16,7 +16,6 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from ...settings import load_settings
 from ...tools.trm.config import DeepRecConfig, FitConfig
@@ -24,9 +23,10 @@ from ...tools.trm.fit import fit
 from ...tools.trm.preferences import PreferencePool
 from ...tools.workspace import Workspace
 from ..recbole.peer import PYTHON, run_recbole
-from .command import leave, run_benchmark
+from .command import OUTPUT, Figure, machine, run_benchmark, tell
 from .pace import Pace
 
+_PEER = "RecBole SASRec"
 _DIM, _BATCH, _LENGTH, _LAYERS, _HEADS = 64, 1024, 20, 2, 2
 
 
@@ -34,9 +34,11 @@ def main(
     rounds: Annotated[int, typer.Option(min=1, help="Epochs of each, in turns.")] = 3,
     threads: Annotated[int, typer.Option(min=1, help="Of the CPU.")] = 2,
     python: Annotated[Path, typer.Option(help="Python of RecBole's environment.")] = PYTHON,
+    output: Annotated[Path, typer.Option(help="Folder of the results.")] = OUTPUT,
 ) -> None:
     """Run the benchmark on the workspace of the settings."""
     console = Console()
+    where = machine()
     workspace = Workspace(load_settings())
     data, split, text = workspace.data, workspace.split, workspace.item_embeddings
     torch.set_num_threads(threads)
@@ -82,7 +84,7 @@ def main(
         return result.examples / result.epoch_seconds[0]
 
     measures: dict[str, Callable[[int], float]] = {
-        "RecBole SASRec": theirs,
+        _PEER: theirs,
         "TRM without preferences": partial(ours, preferences=False),
         "TRM": partial(ours, preferences=True),
     }
@@ -91,23 +93,30 @@ def main(
         for name, measure in measures.items():
             with console.status(f"Round {nth + 1} of {rounds}: {name}"):
                 paces[name].append(measure(nth))
-    middle = {name: median(values) for name, values in paces.items()}
-    report = {
+    details = {
         "workspace": workspace.settings.workspace,
         "threads": threads,
         "dim": _DIM,
         "batch_size": _BATCH,
         "examples_per_second": paces,
-        "median": middle,
     }
-    folder = leave(workspace, "trm_training", report)
-    table = Table("model", "examples/s, median", "all rounds", "to SASRec")
-    for name, values in paces.items():
-        shown = ", ".join(f"{value:,.0f}" for value in values)
-        ratio = middle[name] / middle["RecBole SASRec"]
-        table.add_row(name, f"{middle[name]:,.0f}", shown, f"{ratio:.2f}")
-    console.print(table)
-    console.print(f"Written to {folder}", soft_wrap=True)
+    tell(console, output, "trm_training", figures(paces), where=where, details=details)
+
+
+def figures(paces: Mapping[str, Sequence[float]]) -> list[Figure]:
+    """The examples a second of each round, as medians, and to those of SASRec in the same round."""
+    ratios = {
+        name: [own / peer for own, peer in zip(values, paces[_PEER], strict=True)]
+        for name, values in paces.items()
+    }
+    return [
+        *(Figure(name, median(values), "examples/s") for name, values in paces.items()),
+        *(
+            Figure(f"{name} to SASRec", median(ratios[name]), at_least=2 if name == "TRM" else None)
+            for name in paces
+            if name != _PEER
+        ),
+    ]
 
 
 if __name__ == "__main__":

@@ -21,6 +21,9 @@ from ...tools.interactions import InteractionData
 PYTHON = Path(".venv-recbole/bin/python")
 """Where `make recbole` puts the environment, from the project's root."""
 
+INSTALLED = PYTHON.parents[1] / ".installed"
+"""What `make recbole` leaves once that environment is whole."""
+
 RecBoleModel = Literal["SASRec", "GRU4Rec"]
 
 _WORKER = Path(__file__).with_name("worker.py")
@@ -35,7 +38,7 @@ class Ranking(BaseModel):
     user: str
     target: str
     past_included: list[str]
-    past_excluded: list[str]  # the user's past left out, the target apart
+    past_excluded: list[str]  # the user's past left out; so is a target that is in it
 
 
 class PeerResult(BaseModel):

@@ -69,7 +69,7 @@ def main(job_file):
         "interactions": dataset.inter_num,
     }
     # Before the split, which turns interactions into examples.
-    past = items_of_users(dataset.inter_feat)
+    past = past_of_users(dataset.inter_feat)
     train, valid, test = data_preparation(config, dataset)
     torch.set_num_threads(job["threads"])
     model = get_model(config["model"])(config, train.dataset)
@@ -107,13 +107,16 @@ def timed_epochs(trainer):
     return seconds
 
 
-def items_of_users(interactions):
-    """The set of items of each user, by RecBole's numbers."""
-    items = {}
-    users, names = interactions["user_id"].tolist(), interactions["item_id"].tolist()
-    for user, item in zip(users, names, strict=True):
-        items.setdefault(user, set()).add(item)
-    return items
+def past_of_users(interactions):
+    """All items of each user but the last one taken, which is tested; by RecBole's numbers.
+
+    A target that the user has had before is in it, as it is in the past of every recommender.
+    """
+    sequences = {}
+    fields = (interactions[name].tolist() for name in ("timestamp", "user_id", "item_id"))
+    for _, user, item in sorted(zip(*fields, strict=True)):
+        sequences.setdefault(user, []).append(item)
+    return {user: set(items[:-1]) for user, items in sequences.items()}
 
 
 def rank(model, dataset, test, past, top, path):
@@ -132,7 +135,7 @@ def rank(model, dataset, test, past, top, path):
                 scores, users[start:stop], targets[start:stop], strict=True
             ):
                 included = best(row, top, dataset)
-                row[list(past[user] - {target})] = -torch.inf
+                row[list(past[user])] = -torch.inf
                 line = {
                     "user": dataset.id2token("user_id", user),
                     "target": dataset.id2token("item_id", target),

@@ -132,6 +132,13 @@ class Engine(ABC):
         """Await one generation on the caller's own event loop. Raises EngineError."""
         return await asyncio.wrap_future(self.submit(request))
 
+    def forget_prefixes(self) -> None:  # noqa: B027  # not every engine has such a cache
+        """Empty the prefix cache, so that what is measured next has nothing from before.
+
+        Does nothing where the engine keeps none, or a server keeps it. Not to be called while
+        generations are under way. Raises EngineError.
+        """
+
     @abstractmethod
     def close(self) -> None:
         """Release the model and end the engine's thread or process; idempotent."""

@@ -169,11 +169,11 @@ class VLLMEngine(Engine):
         await self._llm.reset_prefix_cache()  # it holds keys and values of the old weights
 
     def forget_prefixes(self) -> None:
-        """Empty the prefix cache, so that what is measured next has nothing from before.
-
-        Not to be called while generations are under way.
-        """
-        self._loop.submit(self._llm.reset_prefix_cache()).result()
+        """See Engine.forget_prefixes."""
+        try:
+            self._loop.submit(self._llm.reset_prefix_cache()).result()
+        except Exception as error:  # the boundary: vLLM's errors have no common base
+            raise EngineError(f"vLLM did not empty its prefix cache: {error!r}") from error
 
     def unfinished(self) -> int:
         """Return the number of generations that the engine is working on."""

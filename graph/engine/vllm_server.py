@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -50,6 +50,39 @@ class _ServerBusyError(Exception):
     """
 
 
+@dataclass(frozen=True)
+class ServedModel:
+    """What a server says of its model."""
+
+    name: str
+    max_model_len: int
+    root: str  # hub name or folder, as the server knows it
+
+
+def served_model(url: str, *, api_key: str | None = None) -> ServedModel:
+    """Ask a server for its model. Raises EngineError: nobody answers, or it serves none."""
+    try:
+        reply = httpx.get(
+            f"{url.rstrip('/')}/v1/models",
+            headers=_authorised(api_key),
+            timeout=_CONNECT_TIMEOUT_S,
+        ).raise_for_status()
+        card: dict[str, Any] = reply.json()["data"][0]
+        name = str(card["id"])
+        return ServedModel(name, int(card["max_model_len"]), str(card.get("root") or name))
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise EngineError(
+            f"no LLM server answers at {url!r} ({error}): start one with `deeprec serve-llm` "
+            "or correct DEEPREC_ENGINE__URL"
+        ) from error
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+        raise EngineError(f"the server at {url!r} is not vLLM's: {error!r}") from error
+
+
+def _authorised(api_key: str | None) -> dict[str, str]:
+    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
+
+
 class VLLMServerEngine(Engine):
     """Engine over a running server.
 
@@ -76,22 +109,10 @@ class VLLMServerEngine(Engine):
     ) -> None:
         self.url = url.rstrip("/")
         self._retry_seconds = retry_seconds
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        try:
-            reply = httpx.get(
-                f"{self.url}/v1/models", headers=headers, timeout=_CONNECT_TIMEOUT_S
-            ).raise_for_status()
-            card: dict[str, Any] = reply.json()["data"][0]
-            self.name = str(card["id"])
-            self.max_model_len = int(card["max_model_len"])
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise EngineError(
-                f"no LLM server answers at {url!r} ({error}): start one with `deeprec serve-llm` "
-                "or correct DEEPREC_ENGINE__URL"
-            ) from error
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            raise EngineError(f"the server at {url!r} is not vLLM's: {error!r}") from error
-        self.tokenizer = load_tokenizer(tokenizer or str(card.get("root") or self.name))
+        headers = _authorised(api_key)
+        served = served_model(url, api_key=api_key)
+        self.name, self.max_model_len = served.name, served.max_model_len
+        self.tokenizer = load_tokenizer(tokenizer or served.root)
         self._loop = LoopThread("deeprec-vllm-client")
         # Generations may take as long as they do: the run's time budget bounds them.
         self._client = httpx.AsyncClient(

@@ -57,7 +57,7 @@ def test_a_documented_command_names_what_is_there(guide: str, line: str) -> None
         ("python training/run_none.py", "run_none.py"),
         ("python training/run_sft.py --colour red", "--colour"),
         (".venv/bin/python -m deeprec.evals.bench.none", "none"),
-        (".venv/bin/python -m deeprec.evals.bench.agent --colour red", "--colour"),
+        (".venv/bin/python -m deeprec.evals.bench.startup --colour red", "--colour"),
         ('pip install "deeprec-agent[cpu,magic]"', "magic"),
         ('.venv/bin/python -m pip install -e ".[magic]"', "magic"),
         ("bake a cake", "bake"),

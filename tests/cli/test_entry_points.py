@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM
 
 from deeprec import cli, demo
 from deeprec.errors import RequestError
-from deeprec.evals.bench import agent
+from deeprec.evals import agents
+from deeprec.evals.config import EvalRun
+from deeprec.evals.evaluate import evaluate
 from deeprec.graph import app
 from deeprec.graph.engine.adapter import merged_model
 from deeprec.graph.engine.vllm_inprocess import VLLMEngine
@@ -41,7 +43,7 @@ def workspace(
     tiny_data.save(place.dataset_dir)
     place.train_trm(DeepRecConfig(), FitConfig(epochs=1, pool=100))
     place.index().close()
-    for module in (app, demo):
+    for module in (app, agents, demo):
         monkeypatch.setattr(module, "load_engine", lambda _: real_engine)
     place = Workspace(load_settings())
     yield place
@@ -125,9 +127,17 @@ def test_the_servers_graph_is_loaded_once(workspace: Workspace) -> None:
     app._loaded.cache_clear()
 
 
-def test_bench_writes_its_figures(workspace: Workspace) -> None:
-    agent.main(users=2, concurrency=2, max_retrievals=2)
-    report = json.loads((workspace.folder / "bench" / "agent-guided.json").read_text())
-    assert report["figures"]["users"] == 2
-    assert report["figures"]["valid_lists"] == 1
-    assert report["figures"]["invented_titles"] == 0
+def test_guided_runs_are_judged_as_whole_lists(
+    workspace: Workspace, real_engine: VLLMEngine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(real_engine, "close", lambda: None)  # other tests use it too
+    entry = {"kind": "agent", "settings": {"limits": {"max_retrievals": 2}}}
+    run = EvalRun.model_validate(
+        {"output": tmp_path / "run", "workspace": "tiny", "users": 2, "resamples": 100,
+         "recommenders": {"agent": entry}}
+    )  # fmt: skip
+    results = evaluate(run, workspace, Console(quiet=True))
+    row = results.rows[0]
+    assert (row.label, row.users, row.failures, row.short) == ("agent, served", 2, 0, 0)
+    assert (row.duplicates, row.unknown, row.from_past) == (0, 0, 0)
+    assert results.agents[0].invented_lines == 0

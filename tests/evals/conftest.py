@@ -1,12 +1,15 @@
 """A small workspace with everything but an LLM, and evaluations of it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
+from deeprec.errors import EngineError
 from deeprec.evals.config import EvalRun
 from deeprec.evals.evaluate import evaluate
 from deeprec.evals.results import Results
@@ -21,6 +24,9 @@ BASELINES: dict[str, Any] = {
     "trm": {"kind": "trm"},
     "trm genres": {"kind": "trm", "preference": "history"},
 }
+
+WARM_UP = (EngineError("this run is thrown away"),)
+"""What a scripted engine says to the first run of an agent, which counts for nothing."""
 
 Evaluate = Callable[..., Results]
 
@@ -37,6 +43,15 @@ def place(
     workspace.train_trm(DeepRecConfig(), FitConfig(epochs=1, pool=100))
     workspace.index()
     return workspace
+
+
+def taking_again(data: InteractionData, users: int) -> InteractionData:
+    """The data, but that the first users take their first item once more at the end."""
+    items = data.item_indices.copy()
+    for user in range(users):
+        rows = np.flatnonzero(data.users == user)
+        items[rows[-1]] = items[rows[0]]
+    return replace(data, item_indices=items)
 
 
 def config(output: Path, **changes: Any) -> EvalRun:

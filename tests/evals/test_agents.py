@@ -11,21 +11,23 @@ import pytest
 
 from deeprec.errors import EngineError, RequestError, SettingsError
 from deeprec.evals import agents
-from deeprec.evals.agent_figures import Runs, is_strict
-from deeprec.evals.agents import Agent, policy_digest
+from deeprec.evals.agent_figures import Runs, is_strict, lists_of
+from deeprec.evals.agents import Agent, check_one_llm, policy_digest
 from deeprec.evals.config import AgentEntry
 from deeprec.evals.results import Results
 from deeprec.evals.store import Ranking
 from deeprec.evals.task import Task, User
+from deeprec.graph.engine import vllm_server
+from deeprec.graph.engine.vllm_server import ServedModel
 from deeprec.graph.fusion import reciprocal_rank_fusion
 from deeprec.graph.state import RecommendationResponse, RunSettings
-from deeprec.settings import Settings
+from deeprec.settings import Settings, load_settings
 from deeprec.tools.retriever import RetrievalRequest
 from deeprec.tools.workspace import Workspace
 
 from ..graph.conftest import Said, ScriptedEngine
 from ..graph.test_loop import answer, ask
-from .conftest import Evaluate
+from .conftest import WARM_UP, Evaluate
 
 RUN = {
     "decoding": "free",
@@ -59,10 +61,10 @@ def play(run: Evaluate, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Play
     """Evaluate with an engine that says a script."""
 
     def go(*script: Said, **changes: Any) -> Results:
-        engine = ScriptedEngine(script, 8192)
+        engine = ScriptedEngine((*WARM_UP, *script), 8192)
         monkeypatch.setattr(agents, "load_engine", lambda _: engine)
         results = run(tmp_path / "run", **{**SMALL, **changes})
-        assert not engine.script
+        assert engine.script == ([] if script else [*WARM_UP])
         return results
 
     return go
@@ -84,7 +86,11 @@ def test_every_kind_of_run_counts(play: Play, place: Workspace, tmp_path: Path) 
     rows = {row.label: row for row in results.rows}
     assert list(rows) == ["trm", "agent, strict", "agent, served", "agent, lists fused"]
     strict = [runs[user].answer if is_strict(runs[user]) else [] for user in users]
-    served = [[line.id for line in runs[user].recommendations] for user in users]
+    assert len(runs[users[2]].recommendations) == 2  # the outage's list was filled, and is a miss
+    served = [
+        [] if runs[user].failure else [line.id for line in runs[user].recommendations]
+        for user in users
+    ]
     found = [[[item.id for item in turn.retrieved] for turn in runs[user].turns] for user in users]
     fused = [reciprocal_rank_fusion(lists)[:2] for lists in found]
     for name, lists in (("strict", strict), ("served", served), ("lists fused", fused)):
@@ -93,7 +99,7 @@ def test_every_kind_of_run_counts(play: Play, place: Workspace, tmp_path: Path) 
         assert rows[f"agent, {name}"].users == 4
         assert rows[f"agent, {name}"].failures == 1
     assert rows["agent, strict"].short == 3
-    assert rows["agent, served"].short == 0
+    assert rows["agent, served"].short == 1
     (figures,) = results.agents
     assert figures.strict is not None
     assert figures.strict.mean == 0.25
@@ -105,11 +111,64 @@ def test_every_kind_of_run_counts(play: Play, place: Workspace, tmp_path: Path) 
     assert figures.searches == {0: 1, 1: 2, 2: 1}
     assert (figures.answer_lines, figures.invented_lines, figures.repeated_lines) == (6, 1, 1)
     assert figures.lines_by_source["policy"] == 2 + 1 + 1
-    assert figures.filled_lines.mean == (0 + 1 + 2 + 1) / 4
+    assert figures.filled_lines.mean == (0 + 1 + 0 + 1) / 4
+    assert sum(figures.lines_by_source.values()) == 3 * 2
     counts = tuple(len({item for ids in lists for item in ids}) for lists in found)
     assert figures.candidate_counts == counts
     assert counts[2] == 0
     assert figures.tokens["policy"] > figures.tokens["guided"] == 0
+
+
+def failing(lists: list[list[str]], reason: str | None) -> RecommendationResponse:
+    """A run that found these lists, and was served the first, whatever stopped it."""
+    failure = None if reason is None else {"reason": reason, "detail": "x"}
+    lines = [
+        {"id": item, "title": item, "rank": rank, "source": "fused"}
+        for rank, item in enumerate(lists[0], 1)
+    ]
+    changes = {
+        "recommendations": lines,
+        "stop_reason": reason or "max_retrievals",
+        "failure": failure,
+    }
+    return RecommendationResponse.model_validate({**played(*lists).model_dump(), **changes})
+
+
+@pytest.mark.parametrize("reason", ["engine_failure", "retrieval_failure", "time_budget"])
+def test_a_failed_run_misses_whatever_its_list_was_filled_with(reason: str) -> None:
+    """One at a limit, who was answered all the same, does not."""
+    runs = [failing([["t", "x"]], reason), failing([["t", "x"]], None)]
+    named = lists_of(runs, free=False)
+    assert named == {"served": [[], ["t", "x"]], "fused": [[], ["t", "x"]]}
+    assert lists_of(runs, free=False, searches=False) == {"ranked": [[], ["t", "x"]]}
+    figures = Runs(
+        recommender="a",
+        settings=RunSettings(),
+        runs=runs,
+        targets=["t", "t"],
+        alone=np.array([1, 1]),
+        resamples=200,
+        seed=0,
+    ).figures()
+    assert figures.found.mean == figures.turns[0].found.mean == 0.5
+    assert figures.longer is not None
+    assert figures.longer.mean == 0.5
+    assert figures.candidate_counts == (0, 2)
+    assert figures.filled_lines.mean == 1
+    assert figures.lines_by_source == {"fused": 2}
+    assert figures.failures == {reason: 1}
+    assert figures.tokens["policy"] == 10  # of both: what was written was paid for
+
+
+def test_the_list_of_an_outage_is_not_stored_as_one(play: Play, tmp_path: Path) -> None:
+    """Steering and the progress bar read it."""
+    play(*OUTAGE * 4)
+    lines = (tmp_path / "run" / "rankings" / "agent.jsonl").read_text().splitlines()
+    for ranking in map(Ranking.model_validate_json, lines):
+        assert ranking.items == ()
+        assert ranking.failure == "the engine is gone"
+        assert ranking.run is not None
+        assert len(ranking.run.recommendations) == 2
 
 
 def test_candidates_stand_against_a_list_of_as_many(
@@ -155,6 +214,35 @@ def test_who_met_an_outage_is_asked_again_and_nobody_else(play: Play, tmp_path: 
     assert len(stored(tmp_path)) == 4
     whole = play()  # nobody is left to ask
     assert whole == after
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
+def test_a_run_that_was_cut_off_ends_with_each_user_once(
+    play: Play, place: Workspace, tmp_path: Path, share: float
+) -> None:
+    """Cut in the middle of a line, as a kill leaves it."""
+    whole = play(*GOOD * 4)
+    file = tmp_path / "run" / "rankings" / "agent.jsonl"
+    kept = file.read_bytes()[: int(share * file.stat().st_size)]
+    assert not kept.endswith(b"\n")
+    file.write_bytes(kept)
+    (tmp_path / "run" / "results.json").unlink()
+    again = play(*GOOD * (4 - kept.count(b"\n")))
+    lines = file.read_text().splitlines()
+    users = [user.id for user in Task.of(place.data, place.split, limit=4, seed=0).users]
+    assert sorted(Ranking.model_validate_json(line).user for line in lines) == sorted(users)
+    assert again.rows == whole.rows
+
+
+@pytest.mark.parametrize("field", [{"kind": "transformers"}, {"dtype": "float32"}])
+def test_another_engine_is_refused(
+    play: Play, run: Evaluate, place: Workspace, tmp_path: Path, field: dict[str, str]
+) -> None:
+    play(*GOOD * 4)
+    engine = place.settings.engine.model_copy(update=field)
+    other = Workspace(place.settings.model_copy(update={"engine": engine}))
+    with pytest.raises(SettingsError, match=r"these keys differ: made_of\.engine"):
+        run(tmp_path / "run", workspace=other, **SMALL)
 
 
 def test_guided_runs_are_judged_as_served(play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,15 +306,18 @@ def test_what_an_agent_takes_is_told_with_and_without_a_price(play: Play, tmp_pa
 def test_agents_of_one_llm_share_its_engine(
     run: Evaluate, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    loaded, closed = [], []
+    loaded, closed, forgot = [], [], []
 
     class Engine(ScriptedEngine):
+        def forget_prefixes(self) -> None:
+            forgot.append(len(self.calls))
+
         def close(self) -> None:
             closed.append(self)
 
     def load(settings: Settings) -> Engine:
         loaded.append(settings.model)
-        return Engine(GOOD * 8, 8192)
+        return Engine((*GOOD, *GOOD * 4) * 2, 8192)
 
     monkeypatch.setattr(agents, "load_engine", load)
     one = {"kind": "agent", "settings": RUN}
@@ -234,6 +325,10 @@ def test_agents_of_one_llm_share_its_engine(
     run(tmp_path / "run", **{**SMALL, "recommenders": entries})
     assert loaded == [None, "another"]
     assert len(closed) == 2
+    # Each agent has a run before the first that counts, and begins with an empty prefix cache.
+    once = len(closed[0].calls) // 10
+    assert forgot == [once, 6 * once, once]
+    assert len((tmp_path / "run" / "rankings" / "b.jsonl").read_text().splitlines()) == 4
 
 
 @pytest.mark.parametrize(
@@ -250,6 +345,45 @@ def test_a_wrong_agent_is_told_before_anything_runs(
     with pytest.raises(error, match=says):
         run(tmp_path / "run", **{**SMALL, "recommenders": {"a": {"kind": "agent", **entry}}})
     assert not (tmp_path / "run" / "rankings").exists()
+
+
+SEVERAL = {
+    "a": AgentEntry(kind="agent", adapter=Path("one")),
+    "b": AgentEntry(kind="agent", adapter=Path("two")),
+}
+
+
+@pytest.mark.parametrize("kind", ["server", "chat"])
+def test_one_served_llm_is_not_several(
+    run: Evaluate, place: Workspace, tmp_path: Path, kind: str
+) -> None:
+    settings = load_settings(home=tmp_path, engine={"kind": kind})
+    with pytest.raises(SettingsError, match=f"2 LLMs, .* of kind '{kind}' plays the one"):
+        check_one_llm(settings, SEVERAL.values())
+    check_one_llm(settings, [SEVERAL["a"], SEVERAL["a"]])
+    check_one_llm(load_settings(home=tmp_path), SEVERAL.values())
+    own = place.settings.model_copy(update={"engine": settings.engine})
+    entries = {name: entry.model_dump(mode="json") for name, entry in SEVERAL.items()}
+    with pytest.raises(SettingsError, match="2 LLMs"):
+        run(tmp_path / "run", workspace=Workspace(own), recommenders=entries)
+
+
+def test_a_server_is_known_by_what_it_serves(
+    place: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def served(url: str, *, api_key: str | None) -> ServedModel:
+        asked.append((url, api_key))
+        return ServedModel("merged-7", 4096, "merged-7")
+
+    monkeypatch.setattr(vllm_server, "served_model", served)
+    settings = load_settings(
+        home=place.settings.home, engine={"kind": "server", "url": "http://x", "api_key": "k"}
+    )
+    entry = AgentEntry(kind="agent", adapter=Path("/no/such/adapter"))
+    assert policy_digest(settings, entry) == "merged-7"
+    assert asked == [("http://x", "k")]
 
 
 def test_an_adapter_is_known_by_its_content(place: Workspace, tmp_path: Path) -> None:
@@ -312,7 +446,12 @@ def played(*lists: list[str]) -> RecommendationResponse:
             "violations": [],
             "stop_reason": "answered",
             "failure": None,
-            "usage": {"retrievals": len(lists), "seconds": 2.0, "policy_tokens": 10},
+            "usage": {
+                "retrievals": len(lists),
+                "seconds": 2.0,
+                "policy_tokens": 10,
+                "generations": 4,
+            },
         }
     )
 
@@ -341,8 +480,12 @@ def test_candidates_by_hand() -> None:
     assert (second.runs, second.found) == (1, figures.found)
     assert figures.searches == {0: 1, 1: 1, 2: 1}
     assert figures.failures == {"refused": 1}
-    assert figures.tokens["policy"] == 10
+    # Over all users: who was refused took nothing.
+    assert figures.tokens["policy"] == pytest.approx(20 / 3)
+    assert figures.generations == pytest.approx(8 / 3)
     assert figures.seconds["median"] == 2
+    assert figures.seconds["mean"] == pytest.approx(4 / 3)
     assert figures.cost is not None
-    assert (figures.cost.tokens_read, figures.cost.tokens_generated) == (0, 10_000)
+    assert figures.cost.tokens_read == 0
+    assert figures.cost.tokens_generated == pytest.approx(20_000 / 3)
     assert figures.cost.machine_seconds is None  # kept without times

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deeprec.errors import DeepRecError
+from deeprec.errors import DeepRecError, EngineError
 from deeprec.evals.bench import rollouts, suite
-from deeprec.evals.bench.command import Figure, machine, tell
-from deeprec.evals.bench.grpo_step import configuration, split
+from deeprec.evals.bench.command import Figure, leave, machine, tell
+from deeprec.evals.bench.grpo_step import configuration, split, updated
 from deeprec.evals.bench.replay import Call, Recorder
 from deeprec.evals.bench.retrieval import fresh_requests
 from deeprec.evals.bench.rollouts import (
@@ -25,6 +25,7 @@ from deeprec.evals.bench.rollouts import (
     shared_prefill,
 )
 from deeprec.evals.bench.search_scale import break_even, exact, grown, hnsw
+from deeprec.evals.bench.trm_training import figures as training_figures
 from deeprec.graph.engine.base import Engine, Generation, GenerationRequest
 from deeprec.graph.state import Limits, RunSettings
 from deeprec.tools.workspace import Workspace
@@ -82,7 +83,7 @@ def runs() -> list[rollouts.Run]:
 
 
 def test_graph_bare_loop_and_lock_step_play_the_same(
-    place: Workspace, runs: list[rollouts.Run]
+    place: Workspace, runs: list[rollouts.Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     retriever = place.retriever
     recorders = [Recorder(Scripts()) for _ in range(3)]
@@ -95,8 +96,17 @@ def test_graph_bare_loop_and_lock_step_play_the_same(
     assert len(asked[0]) > 15
     spent = added_cpu(recorders[0], retriever, runs, rounds=1)
     assert min(spent.values()) > 0
+
+    async def otherwise(*given: Any) -> rollouts.Segments:
+        *most, last = await in_bare_loop(*given)
+        return [*most, last[:-1]]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rollouts, "in_bare_loop", otherwise)
+        with pytest.raises(DeepRecError, match="wrote different transcripts"):
+            added_cpu(recorders[0], retriever, runs, rounds=1)
     recorders[0].calls.pop()
-    with pytest.raises((DeepRecError, AssertionError)):
+    with pytest.raises(EngineError, match="was not recorded"):
         added_cpu(recorders[0], retriever, runs, rounds=1)
 
 
@@ -175,14 +185,18 @@ def test_break_even_by_hand() -> None:
 def test_the_split_of_a_step(tmp_path: Path) -> None:
     def row(generate: float, update: float) -> dict[str, float]:
         return {
+            "tokens/read": 100 * generate,
+            "tokens/trained": 10 * generate,
             "seconds/generate": generate,
             "seconds/update_before": update,
             "seconds/sync": 1,
             "seconds/reward": 0.5,
         }
 
-    history = [row(50, 0), row(10, 20), row(30, 40), {"train_runtime": 1.0}]
+    history = [row(70, 0), row(10, 20), row(30, 40), {"train_runtime": 1.0}]
     assert split(history) == {"generate": 20, "update": 30, "sync": 1, "reward": 0.5}
+    # The updates that took 20 and 40 s are those of the first two steps.
+    assert updated(history) == {"read": 4000, "trained": 400}
     with pytest.raises(DeepRecError, match="second step"):
         split(history[:1])
     config = configuration(tmp_path, "tiny", steps=2, rows_per_pass=4)
@@ -197,16 +211,32 @@ def test_a_figure_and_its_bar() -> None:
     assert Figure("a", 3, at_most=3).bar == "≤ 3"
 
 
-def test_the_suite_goes_on_after_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def play(command: list[str], **_: Any) -> SimpleNamespace:
+class Played:
+    """Benchmarks that are over at once, on a machine of so many cores; the retriever's fails."""
+
+    def __init__(self, output: Path) -> None:
+        self.output, self.cores = output, 2
+
+    def __call__(self, command: list[str], **_: Any) -> SimpleNamespace:
         name = command[2].rpartition(".")[2]
         if name == "retrieval":
             return SimpleNamespace(returncode=1, stderr="no workspace")
         figures = [Figure("import deeprec", 0.5, "s", at_most=0.2)]
-        tell(suite.Console(quiet=True), tmp_path, name, figures, where=machine(), details={})
+        where = {**machine(), "cores": self.cores}
+        tell(suite.Console(quiet=True), self.output, name, figures, where=where, details={})
         return SimpleNamespace(returncode=0, stderr="")
 
-    monkeypatch.setattr(suite, "subprocess", SimpleNamespace(run=play, PIPE=-1))
+
+@pytest.fixture
+def played(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Played:
+    made = Played(tmp_path)
+    monkeypatch.setattr(suite, "subprocess", SimpleNamespace(run=made, PIPE=-1))
+    monkeypatch.setattr(suite, "INSTALLED", tmp_path / "installed")
+    (tmp_path / "installed").touch()
+    return made
+
+
+def test_the_suite_goes_on_after_a_failure(tmp_path: Path, played: Played) -> None:
     with pytest.raises(suite.typer.Exit):
         suite.main(only=None, output=tmp_path)
     page = (tmp_path / "bench.md").read_text("utf-8")
@@ -216,4 +246,42 @@ def test_the_suite_goes_on_after_a_failure(tmp_path: Path, monkeypatch: pytest.M
     )
     found = json.loads((tmp_path / "bench.json").read_text("utf-8"))
     assert set(found["benchmarks"]) == set(suite.BENCHMARKS)
-    assert found["machine"]["cores"] > 0
+
+
+def test_one_benchmark_leaves_the_others_in_the_table(tmp_path: Path, played: Played) -> None:
+    suite.main(only=["startup", "rollouts"], output=tmp_path)
+    played.cores = 64
+    suite.main(only=["rollouts"], output=tmp_path)
+    found = json.loads((tmp_path / "bench.json").read_text("utf-8"))["benchmarks"]
+    assert {name: found[name]["machine"]["cores"] for name in found} == {
+        "startup": 2, "rollouts": 64,
+    }  # fmt: skip
+    start, rest = (tmp_path / "bench.md").read_text("utf-8").split("## Rollouts")
+    assert " of 2 cores" in start
+    assert " of 64 cores" in rest
+    (tmp_path / "bench.json").write_text("{}")
+    with pytest.raises(DeepRecError, match=r"bench\.json is damaged.* Remove it"):
+        suite.main(only=["startup"], output=tmp_path)
+
+
+def test_without_recbole_its_comparison_is_skipped_in_words(tmp_path: Path, played: Played) -> None:
+    (tmp_path / "installed").unlink()
+    suite.main(only=["trm_training"], output=tmp_path)
+    assert "skipped: RecBole's environment is not there (make recbole)" in (
+        tmp_path / "bench.md"
+    ).read_text("utf-8")
+
+
+def test_training_speed_is_compared_round_by_round() -> None:
+    paces = {"RecBole SASRec": [1, 10, 4], "TRM": [2, 30, 4], "TRM without preferences": [9, 9, 9]}
+    found = {figure.name: figure for figure in training_figures(paces)}
+    assert found["RecBole SASRec"].value == 4
+    assert found["TRM to SASRec"].value == 2  # of 2, 3 and 1; that of the medians is 1
+    assert found["TRM to SASRec"].met is True
+    assert found["TRM without preferences to SASRec"].met is None
+
+
+def test_a_machine_is_told_as_it_was_before(place: Workspace) -> None:
+    where = {"load_average_before": 0.25}
+    folder = leave(place, "some", {"found": 1}, where=where)
+    assert json.loads((folder / "some.json").read_text("utf-8"))["machine"] == where

@@ -1,6 +1,8 @@
 """Whole evaluations of the small workspace, without an LLM."""
 
 import os
+import random
+import secrets
 import shutil
 import signal
 import subprocess
@@ -14,19 +16,23 @@ import pytest
 import yaml
 from filelock import FileLock
 
+from deeprec.configuration import load_config
 from deeprec.errors import EvaluationError, SettingsError
 from deeprec.evals import evaluate as module
+from deeprec.evals.agents import agent_settings
+from deeprec.evals.config import AgentEntry, EvalRun
 from deeprec.evals.recommenders import Recommender
 from deeprec.evals.results import Results
 from deeprec.evals.run_eval import main
 from deeprec.evals.store import Ranking
 from deeprec.evals.task import Task, User
+from deeprec.graph.requests import parse_settings
 from deeprec.settings import load_settings
 from deeprec.tools.interactions import InteractionData
 from deeprec.tools.trm.baselines import Markov
 from deeprec.tools.workspace import Workspace
 
-from .conftest import BASELINES, Evaluate, config
+from .conftest import BASELINES, Evaluate, config, taking_again
 
 ROOT = Path(__file__).parents[2]
 MADE = ("results.json", "table.md", "report.html", "per_user.parquet")
@@ -158,10 +164,18 @@ def test_kill_dash_nine(place: Workspace, whole: Path, tmp_path: Path) -> None:
         "DEEPREC_ENCODER": place.settings.encoder_name,
     }
     command = [sys.executable, "evals/run_eval.py", "--config", str(file)]
-    torn = tmp_path / "run" / "rankings" / "trm.jsonl"
+    seed = secrets.randbits(32)
+    print(f"the point of the kill is drawn by {seed}")
+    every = sum(file.read_bytes().count(b"\n") for file in (whole / "rankings").iterdir())
+    enough = random.Random(seed).randrange(1, int(0.9 * every))  # the rest takes a while
+
+    def stored() -> int:
+        files = (tmp_path / "run" / "rankings").glob("*.jsonl")
+        return sum(file.read_bytes().count(b"\n") for file in files)
+
     with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL) as process:
         limit = time.monotonic() + 120
-        while not (torn.exists() and torn.stat().st_size):
+        while stored() < enough:
             assert process.poll() is None, "it ended before it was killed"
             assert time.monotonic() < limit
         process.send_signal(signal.SIGKILL)
@@ -208,6 +222,16 @@ def test_another_trm_is_refused(
         run(tmp_path / "run")
 
 
+def test_another_search_is_refused(
+    whole: Path, run: Evaluate, place: Workspace, tmp_path: Path
+) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    search = place.settings.catalog.model_copy(update={"search": "hnsw"})
+    other = Workspace(place.settings.model_copy(update={"catalog": search}))
+    with pytest.raises(SettingsError, match=r"these keys differ: made_of\.search"):
+        run(tmp_path / "run", workspace=other)
+
+
 def other_data(tiny_data: InteractionData, length: int) -> InteractionData:
     """The first `length` interactions of each user."""
     keep = tiny_data.times < length
@@ -237,6 +261,19 @@ def test_results_of_another_data_set_are_refused(
         run(tmp_path / "run", workspace=other, recommenders={"p": {"kind": "popularity"}})
     assert tiny_data.fingerprint in str(refused.value)
     assert other.data.fingerprint in str(refused.value)
+
+
+def test_who_takes_something_again_is_told(
+    run: Evaluate, tmp_path: Path, tiny_data: InteractionData, place: Workspace
+) -> None:
+    other = other_place(tmp_path, taking_again(tiny_data, 7), place)
+    results = run(workspace=other, recommenders={"p": {"kind": "popularity"}})
+    assert results.repeated_targets == 7
+    assert "7 users took something again" in (tmp_path / "run" / "table.md").read_text()
+    again = {f"u{at}" for at in range(7)}
+    for line in pq.read_table(tmp_path / "run" / "per_user.parquet").to_pylist():
+        if line["user"] in again and line["row"] == "p":
+            assert line["rank"] is None
 
 
 def test_a_data_set_without_test_users_is_refused(
@@ -363,9 +400,15 @@ def test_a_wrong_configuration_is_told_in_words(
     assert not (tmp_path / "run").exists()
 
 
-def test_shipped_configurations_are_valid() -> None:
-    from deeprec.configuration import load_config
-    from deeprec.evals.config import EvalRun
-
-    for file in sorted((ROOT / "evals" / "configs").glob("*.yaml")):
-        assert load_config(file, EvalRun).workspace == "ml-100k"
+@pytest.mark.parametrize("file", sorted((ROOT / "evals" / "configs").glob("*.yaml")), ids=str)
+def test_shipped_configurations_are_valid(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what runs of their agents are made with: fields, and no more items than baselines."""
+    monkeypatch.chdir(ROOT)  # where the adapters' folders are named from
+    shipped = load_config(file, EvalRun)
+    assert shipped.workspace == "ml-100k"
+    for entry in shipped.recommenders.values():
+        if isinstance(entry, AgentEntry):
+            if entry.kind == "r2ec":  # its head is yet to be trained
+                parse_settings(**entry.settings)
+            else:
+                agent_settings(load_settings(), entry, shipped)

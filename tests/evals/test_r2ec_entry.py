@@ -16,7 +16,7 @@ from deeprec.tools.workspace import Workspace
 
 from ..graph.conftest import Said, ScriptedEngine
 from ..graph.test_loop import ask
-from .conftest import Evaluate
+from .conftest import WARM_UP, Evaluate
 
 Play = Callable[..., Results]
 
@@ -44,7 +44,7 @@ def play(
     """Evaluate one recommender, its LLM the small one, with an engine that says a script."""
 
     def go(*script: Said, **entry: Any) -> Results:
-        engine = ScriptedEngine(script, 8192)
+        engine = ScriptedEngine((*WARM_UP, *script), 8192)
         monkeypatch.setattr(agents, "load_engine", lambda _: engine)
         results = run(
             tmp_path / "run",
@@ -59,7 +59,7 @@ def play(
                 "it": {"model": tiny_llm, "head": str(head), **entry},
             },
         )
-        assert not engine.script
+        assert engine.script == ([] if script else [*WARM_UP])
         return results
 
     return go

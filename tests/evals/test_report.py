@@ -22,7 +22,7 @@ from .test_agents import AGENT, GOOD, INVENTS, OUTAGE, REPEATS, Play, play
 
 __all__ = ["play"]
 
-EVIL = "</summary><script>alert('x')</script><img src=http://evil/x onerror=y>{{ 7 * 7 }}"
+EVIL = "</summary><script>alert('x')</script><img src=http://evil/x onerror=y>{{ 731 * 733 }}"
 
 
 class Page(HTMLParser):
@@ -127,7 +127,7 @@ def test_what_model_and_catalog_wrote_stays_text(results: Results) -> None:
     assert page.text.count(EVIL) >= 12
     assert not page.count("script")
     assert not page.count("img")
-    assert "49" not in page.text.replace("0.49", "")
+    assert "535823" not in page.text
     assert page.count("mark") == 2
     assert "<script" not in markdown(tainted)
 
@@ -206,6 +206,13 @@ def test_runs_without_a_common_metric_are_not_compared(compared: Compared) -> No
     one, other = compared()
     Results.read(other).model_copy(update={"metrics": ("mrr",)}).write(other)
     with pytest.raises(EvaluationError, match="has no ndcg@5"):
+        report([one, other])
+
+
+def test_lists_of_different_lengths_are_not_compared(compared: Compared) -> None:
+    one, other = compared()
+    Results.read(other).model_copy(update={"k": 6}).write(other)
+    with pytest.raises(EvaluationError, match=r"other judges lists of 6, \S*one of 5: they can't"):
         report([one, other])
 
 

@@ -16,7 +16,7 @@ from deeprec.evals.results import Results
 from deeprec.tools.workspace import Workspace
 
 from ..graph.conftest import ScriptedEngine
-from .conftest import Evaluate, config
+from .conftest import WARM_UP, Evaluate, config
 from .test_agents import AGENT, GOOD, INVENTS, OUTAGE, REPEATS, SMALL
 
 _CHROMIUM = next(
@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(
 def file(place: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report of an evaluation with every kind of run."""
     folder = tmp_path_factory.mktemp("browser") / "run"
-    engine = ScriptedEngine([*GOOD, *REPEATS, *OUTAGE, *INVENTS], 8192)
+    engine = ScriptedEngine([*WARM_UP, *GOOD, *REPEATS, *OUTAGE, *INVENTS], 8192)
     entries = {**AGENT, "markov": {"kind": "markov"}}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(agents, "load_engine", lambda _: engine)

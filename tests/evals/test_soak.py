@@ -94,7 +94,8 @@ async def test_every_run_ends_once_and_each_fault_by_its_reason(
     runs = [line for line in lines if isinstance(line, Ended)]
     memory = [line for line in lines if isinstance(line, Memory)]
     assert [sample.runs for sample in memory] == [0, 16, 32, 48, 64]
-    checks = judge(runs, memory, wanted=64, unfinished=0, warm_up=16)
+    memory.append(END)
+    checks = judge(runs, memory, wanted=64, warm_up=16)
     assert {name for name, (_, passed) in checks.items() if not passed} <= {"memory"}
     assert {run.fault for run in runs if run.fault} == set(FAULTS)
     written = report(runs, memory, checks)
@@ -123,10 +124,14 @@ def ended(run: int, **changes: Any) -> Ended:
 
 GOOD = [ended(0), ended(1), ended(2, fault="lost", ended="time_budget", why="used up")]
 FLAT = [Memory(process=1, runs=n, own_mib=100, children_mib=900) for n in (0, 100, 200)]
+END = Memory(process=1, runs=200, own_mib=100, children_mib=900, unfinished=0)
 
 
-def failing(runs: list[Ended] = GOOD, memory: list[Memory] = FLAT, unfinished: int = 0) -> set[str]:
-    checks = judge(runs, memory, wanted=3, unfinished=unfinished, warm_up=100)
+def failing(
+    runs: list[Ended] = GOOD, memory: list[Memory] = FLAT, unfinished: int | None = 0
+) -> set[str]:
+    end = END.model_copy(update={"unfinished": unfinished, "process": memory[-1].process})
+    checks = judge(runs, [*memory, end], wanted=3, warm_up=100)
     return {name for name, (_, passed) in checks.items() if not passed}
 
 
@@ -146,7 +151,11 @@ def test_each_check_can_fail() -> None:
     assert failing([unsound, *GOOD[1:]]) == {"lists that are not K new items"}
     other = ended(0, accounted=False)
     assert failing([other, *GOOD[1:]]) == {"runs whose usage is not what engine and retriever gave"}
-    assert failing(unfinished=1) == {"generations under way at the end"}
+    under_way = {"generations under way at the end"}
+    assert failing(unfinished=1) == failing(unfinished=None) == under_way
+    killed = [*FLAT, END, Memory(process=2, runs=0, own_mib=100, children_mib=900)]
+    checks = judge(GOOD, killed, wanted=3, warm_up=100)
+    assert {name for name, (_, passed) in checks.items() if not passed} == under_way
     grown = [*FLAT, Memory(process=1, runs=300, own_mib=100, children_mib=951)]
     assert failing(memory=grown) == {"memory"}
     assert failing(memory=FLAT[:2]) == {"memory"}  # nothing to compare
@@ -174,6 +183,15 @@ def test_a_killed_soak_goes_on(tmp_path: Path) -> None:
     path.write_bytes(b"{}\n" + path.read_bytes())
     with pytest.raises(EvaluationError, match="line 1 is damaged"):
         Journal(path)
+
+
+def test_a_failed_check_fails_again_when_nothing_is_left_to_play(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "runs.jsonl")
+    for line in (*FLAT, *GOOD, END.model_copy(update={"unfinished": 2})):
+        journal.add(line)
+    for kept in (journal, Journal(tmp_path / "runs.jsonl")):
+        checks = judge(kept.runs, kept.memory, wanted=3, warm_up=100)
+        assert checks["generations under way at the end"] == ("2", False)
 
 
 def test_an_engine_has_time_to_drop_what_was_cancelled() -> None:

@@ -20,7 +20,7 @@ from deeprec.tools.interactions import Item
 from deeprec.tools.workspace import Workspace
 
 from ..graph.conftest import ScriptedEngine
-from .conftest import Evaluate, config
+from .conftest import WARM_UP, Evaluate, config
 from .test_agents import AGENT, GOOD, SMALL
 
 ITEMS = tuple(
@@ -142,7 +142,7 @@ def test_the_trm_takes_wishes_in_both_forms(
 def test_the_agent_reads_a_wish(
     run: Evaluate, place: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    engine = ScriptedEngine(GOOD * 8, 8192)
+    engine = ScriptedEngine((*WARM_UP, *GOOD * 4) * 2, 8192)
     monkeypatch.setattr(agents, "load_engine", lambda _: engine)
     results = run(
         tmp_path / "run",

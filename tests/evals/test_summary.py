@@ -52,6 +52,21 @@ def test_one_command_writes_every_row(
             assert f"| {cell} |" in line
 
 
+def test_another_row_of_the_same_label_names_its_run(
+    run: Evaluate, readme: Path, tmp_path: Path
+) -> None:
+    folders = [tmp_path / name for name in ("one", "two", "three", "four")]
+    kinds = ("markov", "popularity", "markov", "popularity")
+    for folder, kind in zip(folders, kinds, strict=True):
+        run(folder, recommenders={"it": {"kind": kind}}, past=["excluded"])
+    insert_summary(folders, readme)
+    lines = [line for line in readme.read_text().splitlines() if line.startswith("| it")]
+    assert [line.split(" | ")[0] for line in lines] == ["| it", "| it (two)"]
+    for line, folder in zip(lines, folders[:2], strict=True):
+        (row,) = Results.read(folder).rows
+        assert interval(row.metrics["ndcg@5"]) in line
+
+
 @pytest.mark.parametrize(
     "text",
     ["no marker", BEGIN, f"{END}\n{BEGIN}", f"{BEGIN}{END}{BEGIN}{END}", f"{BEGIN}{BEGIN}{END}"],
