@@ -14,7 +14,7 @@ from ..graph.fusion import reciprocal_rank_fusion
 from ..graph.state import RecommendationResponse, RunSettings, Usage
 from .config import Price
 from .results import AgentFigures, Cost, ListName, TurnPoint
-from .statistics import Interval, intervals, paired_p
+from .significance import Interval, intervals, paired_p
 
 _READ, _GENERATED = ("prompt", "forced", "environment"), ("policy", "guided", "chat")
 _AUTHORS = (*_READ, *_GENERATED)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .results import AgentFigures, Results
-from .statistics import Interval
+from .significance import Interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

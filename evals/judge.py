@@ -14,7 +14,7 @@ from .agent_figures import Runs, lists_of
 from .config import AgentEntry, Entry, EvalRun, Past, TRMEntry
 from .metrics import Checked, check, coverage, diversity, novelty, ranks, values
 from .results import AgentFigures, Group, ListName, Row, Versus
-from .statistics import Interval, adjusted, intervals, paired_p
+from .significance import Interval, adjusted, intervals, paired_p
 from .store import Ranking
 from .task import Task
 

@@ -16,7 +16,7 @@ from ..terminal import visible
 from . import charts
 from .per_user import paired, read_per_user
 from .results import Results, Row
-from .statistics import paired_p
+from .significance import paired_p
 from .tables import Table, interval, number, p_value, tables
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ..configuration import write_text
 from ..errors import EvaluationError
 from .config import Past, Way, WishKind
-from .statistics import Interval
+from .significance import Interval
 
 RESULTS = "results.json"
 

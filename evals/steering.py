@@ -21,7 +21,7 @@ from ..tools.trm.vocabulary import Vocabulary
 from .config import AgentEntry, Entry, EvalRun, TRMEntry, Way, WishKind
 from .metrics import Checked, check, ranks, values
 from .results import Steered
-from .statistics import intervals
+from .significance import intervals
 from .store import Ranking
 from .task import Task, User, Wish
 

@@ -9,7 +9,7 @@ from ..configuration import write_text
 from ..errors import EvaluationError
 from .report import read_runs
 from .results import Results
-from .statistics import Interval
+from .significance import Interval
 from .tables import Table, interval, p_value
 
 BEGIN, END = "<!-- evaluation: begin -->", "<!-- evaluation: end -->"

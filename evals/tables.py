@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from .results import AgentFigures, Cost, Results, Row
-from .statistics import Interval
+from .significance import Interval
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from deeprec.evals.statistics import adjusted, intervals, paired_p
+from deeprec.evals.significance import adjusted, intervals, paired_p
 
 
 def test_intervals_hold_the_mean_and_shrink_with_users() -> None:
