@@ -131,10 +131,11 @@ def test_guided_runs_are_judged_as_whole_lists(
     workspace: Workspace, real_engine: VLLMEngine, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(real_engine, "close", lambda: None)  # other tests use it too
-    entry = {"kind": "agent", "settings": {"limits": {"max_retrievals": 2}}}
+    short = {"retrieve_n": 4, "history_length": 4, "thought_tokens": 8, "answer_form": "numbers"}
+    entry = {"kind": "agent", "settings": {**short, "limits": {"max_retrievals": 2}}}
     run = EvalRun.model_validate(
-        {"output": tmp_path / "run", "workspace": "tiny", "users": 2, "resamples": 100,
-         "recommenders": {"agent": entry}}
+        {"output": tmp_path / "run", "workspace": "tiny", "users": 2, "resamples": 100, "k": 3,
+         "metrics": ["ndcg@3"], "compare_by": "ndcg@3", "recommenders": {"agent": entry}}
     )  # fmt: skip
     results = evaluate(run, workspace, Console(quiet=True))
     row = results.rows[0]
