@@ -16,7 +16,7 @@ TORCH_CPU := https://download.pytorch.org/whl/cpu
 # Where this is set, every start would compile all that it imports anew (half a minute here).
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test test-slow fuzz lint format studio bench soak train-smoke recbole audit sbom install clean
+.PHONY: demo test test-slow fuzz lint format studio bench soak train-smoke table recbole audit sbom install clean
 
 demo: $(VENV)/.installed ## set up, train the TRM, and watch the agent recommend for three users
 	$(BIN)/deeprec demo
@@ -54,6 +54,12 @@ soak: $(VENV)/.installed ## after make demo: 2,000 guided runs, a fault in every
 
 train-smoke: $(VENV)/.installed-dev ## after make demo: a short run of GRPO from the shipped warm start, with SEED
 	$(BIN)/python training/run_grpo.py --config training/configs/smoke_ml100k.yaml --seed $(SEED) --output runs/smoke-$(SEED)
+
+EVALUATED := recbole baselines warm_start
+
+table: $(VENV)/.installed-dev .venv-recbole/.installed ## after make demo: the evaluations that the README tells, its table with them; hours, goes on after a kill
+	for name in $(EVALUATED); do $(BIN)/deeprec eval --config evals/configs/$${name}_ml100k.yaml || exit 1; done
+	$(BIN)/deeprec eval-table $(EVALUATED:%=runs/eval_%_ml100k) --into README.md
 
 # OSV, since PyPI's own service passes over what it doesn't know and calls that sound. Advisories of
 # vLLM name vllm, whatever its build for CPUs is called.
