@@ -35,7 +35,9 @@ def training_ground(
     try:
         _ = ground.trm
     except TRMError:
-        ground.train_trm(DeepRecConfig(), FitConfig(), progress=progress)
+        # Two thirds of the served one's epochs: what is told of training was played over such a TRM,
+        # and a smoke run waits for it.
+        ground.train_trm(DeepRecConfig(), FitConfig(epochs=10), progress=progress)
     try:
         _ = ground.catalog
     except CatalogError:

@@ -77,7 +77,7 @@ class PreferenceMix(_Strict):
 class FitConfig(_Strict):
     """How a TRM is fitted."""
 
-    epochs: int = Field(10, ge=1)  # at most; early stopping may end sooner
+    epochs: int = Field(15, ge=1)  # at most; early stopping may end sooner
     patience: int = Field(4, ge=1)  # epochs without a better validation score
     batch_size: int = Field(1024, ge=1)  # targets in a step
     learning_rate: float = Field(2e-3, gt=0)
