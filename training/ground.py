@@ -35,8 +35,7 @@ def training_ground(
     try:
         _ = ground.trm
     except TRMError:
-        # Two thirds of the served one's epochs: what is told of training was played over such a TRM,
-        # and a smoke run waits for it.
+        # Fewer epochs than the served one's: what is told of training was played over such a TRM.
         ground.train_trm(DeepRecConfig(), FitConfig(epochs=10), progress=progress)
     try:
         _ = ground.catalog
