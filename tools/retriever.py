@@ -5,12 +5,11 @@ once, the catalog is searched once.
 """
 
 import threading
-from collections import OrderedDict, defaultdict
-from collections.abc import Hashable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +21,7 @@ from .batching import Batcher
 from .catalog import Catalog
 from .filters import Filters
 from .interactions import Item, item_text
+from .lru import Lru
 from .search import Allowed, chunks
 from .snapshot import Snapshot, some
 from .text_encoder import TextEncoder
@@ -35,9 +35,6 @@ _MAX_BATCH = 256
 _CACHED_PREFERENCES = 4096
 _CACHED_USERS = 16_384
 _CHECKED_ITEMS = 8
-
-_K = TypeVar("_K", bound=Hashable)
-_V = TypeVar("_V")
 
 
 @dataclass(frozen=True)
@@ -92,8 +89,8 @@ class Retriever:
         self._encoding = threading.Lock()  # tokenizers are not made for two threads
         self._catalog = catalog
         self._trained = {id_: row for row, id_ in enumerate(trm.item_ids)}
-        self._preferences = _Lru[str, NDArray[np.float32]](_CACHED_PREFERENCES)
-        self._users = _Lru[_User, Tensor](_CACHED_USERS)
+        self._preferences = Lru[str, NDArray[np.float32]](_CACHED_PREFERENCES)
+        self._users = Lru[_User, Tensor](_CACHED_USERS)
         self._seen: Snapshot | None = None  # the snapshot that the caches are of
         self._rows = np.zeros(0, dtype=np.int64)  # its positions' rows in the TRM
         self._check_vectors()
@@ -305,33 +302,3 @@ class Retriever:
             f"embeddings and encoder are {held} wide, the TRM's {wanted}). Build it again with "
             "`deeprec index`."
         )
-
-
-class _Lru(Generic[_K, _V]):
-    """The values used last, at most `size`; for one thread."""
-
-    def __init__(self, size: int):
-        self._size = size
-        self._values: OrderedDict[_K, _V] = OrderedDict()
-
-    def take(self, keys: Iterable[_K]) -> tuple[dict[_K, _V], list[_K]]:
-        """What is held of `keys`, and the keys that are not."""
-        found: dict[_K, _V] = {}
-        missing: list[_K] = []
-        for key in keys:
-            if key in self._values:
-                self._values.move_to_end(key)
-                found[key] = self._values[key]
-            else:
-                missing.append(key)
-        return found, missing
-
-    def put(self, pairs: Iterable[tuple[_K, _V]]) -> None:
-        """Hold these, and drop what was used longest ago."""
-        self._values.update(pairs)
-        while len(self._values) > self._size:
-            self._values.popitem(last=False)
-
-    def clear(self) -> None:
-        """Drop all."""
-        self._values.clear()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from ...errors import HeadError
 from ...tools import search
 from ...tools.batching import Batcher
 from ...tools.filters import Filters
+from ...tools.lru import Lru
 from ...tools.retriever import ScoredItem
 from ...tools.snapshot import NO_FILTERS
 from ..app import tuned_model
@@ -89,7 +89,7 @@ class HeadRanker:
         self._trained = frozenset(trained)
         self._table: ItemTable | None = None
         self._readings: tuple[Snapshot, list[list[int]]] | None = None
-        self._users: OrderedDict[str, Tensor] = OrderedDict()
+        self._users = Lru[str, Tensor](_CACHED_USERS)
         self._reading = threading.Lock()  # held while the LLM reads
         self._batches = Batcher[Sequence[int], Tensor](self._serve, name="ranker", limit=_MAX_BATCH)
 
@@ -232,18 +232,14 @@ class HeadRanker:
         try:
             with self._reading:
                 wanted = {content_key(ids): ids for ids, _ in batch}
-                new = {key: ids for key, ids in wanted.items() if key not in self._users}
-                if new:
-                    made = self.backbone.states(list(new.values()))
-                    self._users.update(zip(new, made, strict=True))
-                for key in wanted:
-                    self._users.move_to_end(key)
-                found = [self._users[content_key(ids)] for ids, _ in batch]
-                while len(self._users) > _CACHED_USERS:
-                    self._users.popitem(last=False)
+                found, missing = self._users.take(wanted)
+                if missing:
+                    made = self.backbone.states([wanted[key] for key in missing])
+                    self._users.put(zip(missing, made, strict=True))
+                    found.update(zip(missing, made, strict=True))
         except Exception as error:  # the worker lives on; whoever asked is told
             for _, future in batch:
                 future.set_exception(error)
         else:
-            for (_, future), state in zip(batch, found, strict=True):
-                future.set_result(state)
+            for ids, future in batch:
+                future.set_result(found[content_key(ids)])

@@ -34,6 +34,7 @@ from deeprec.graph.r2ec.ranker import HeadRanker
 from deeprec.settings import Settings
 from deeprec.tools.catalog import Catalog
 from deeprec.tools.interactions import Item
+from deeprec.tools.lru import Lru
 from deeprec.tools.retriever import Retriever
 
 from .conftest import random_head
@@ -251,7 +252,7 @@ def test_the_catalog_is_written_as_tokens_once(
 def test_users_that_were_asked_for_last_are_remembered(
     ranker: HeadRanker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ranking, "_CACHED_USERS", 2)
+    monkeypatch.setattr(ranker, "_users", Lru(2))
     for reading in ([5], [6], [5], [7]):  # 6 is forgotten, not 5
         ranker.user_states([reading])
     reads = count_reads(ranker.backbone, monkeypatch)
