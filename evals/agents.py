@@ -7,7 +7,7 @@ import hashlib
 import time
 from collections.abc import Awaitable, Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -161,7 +161,8 @@ class Engines:
         """
         agent, engine = self._loaded(entry, settings)
         user = next(iter(self._workspace.histories(hold_out=True)))
-        asyncio.run(agent.ainvoke(parse_request(user_id=user)))  # the first run is a slow one
+        with suppress(RequestError):  # a user who can't be served is a miss when asked for, no more
+            asyncio.run(agent.ainvoke(parse_request(user_id=user)))  # the first run is a slow one
         engine.forget_prefixes()  # of this run, and of the agents before
         return agent
 

@@ -269,6 +269,17 @@ def test_a_refused_request_is_a_miss(
     assert f"user '{gone}' is unknown" in told["failure"]
 
 
+def test_a_user_who_cannot_be_served_holds_nobody_up(
+    run: Evaluate, place: Workspace, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As the user of the run that is thrown away."""
+    own = place.histories(hold_out=True)
+    monkeypatch.setattr(Workspace, "histories", lambda *_, **__: {"nobody": ["gone"], **own})
+    monkeypatch.setattr(agents, "load_engine", lambda _: ScriptedEngine(GOOD * 4, 8192))
+    results = run(tmp_path / "run", **SMALL)
+    assert results.agents[0].searches == {2: 4}
+
+
 def test_a_blind_agent_gets_what_the_history_suggests(
     play: Play, place: Workspace, tmp_path: Path
 ) -> None:
