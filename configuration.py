@@ -61,10 +61,13 @@ class RunArguments(argparse.ArgumentParser, Generic[ConfigT]):
         self.add_argument("--config", type=Path, required=True, help=file)
         self.replaces("output", type=Path)
 
-    def replaces(self, field: str, **options: Any) -> None:
-        """Add an option for a field; argparse's `options` say how it is read."""
-        name = field.replace("_", "-")
-        self.add_argument(f"--{name}", help=f"instead of the file's {field}", **options)
+    def replaces(self, field: str, *, otherwise: str = "", **options: Any) -> None:
+        """Add an option for a field; argparse's `options` say how it is read.
+
+        `otherwise` tells in the help where the field comes from if the file has none.
+        """
+        default = f" or {otherwise}" if otherwise else ""
+        self.add_argument(f"--{field}", help=f"instead of the file's {field}{default}", **options)
 
     def configuration(self, arguments: Sequence[str] | None) -> ConfigT:
         """Read the command line (None: the process's own) and the file that it names.

@@ -84,16 +84,14 @@ class Runs:
         was refused took nothing either.
         """
         there = [run for run in self.runs if run is not None]
-        own = [run for run in answered(self.runs) if run is not None]
+        judged = answered(self.runs)
+        own = [run for run in judged if run is not None]
         answers = [[item for item in run.answer if item is not None] for run in own]
         lines = [line for run in own for line in run.recommendations]
         sizes = np.array([len(found) for found in self._candidates(None)])
         found = self._found(None)
         longer = self._longer(sizes)
-        filled = [
-            sum(line.filled for line in run.recommendations) if run else 0
-            for run in answered(self.runs)
-        ]
+        filled = [sum(line.filled for line in run.recommendations) if run else 0 for run in judged]
         usages = [Usage() if run is None else run.usage for run in self.runs]
         seconds = np.array([usage.seconds for usage in usages])
         tokens = {

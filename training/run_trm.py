@@ -195,8 +195,8 @@ class Fitter:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; gives the exit code."""
     parser = RunArguments(__doc__, TRMRun)
-    parser.replaces("data", type=Path)
-    parser.replaces("encoder")
+    parser.replaces("data", otherwise="the workspace's", type=Path)
+    parser.replaces("encoder", otherwise="the settings'")
     parser.replaces("seeds", type=int, nargs="+")
     run(parser.configuration(arguments), Console())
     return 0
