@@ -187,10 +187,12 @@ async def _think_guided(resources: Resources, step: Step, state: State) -> StopR
     lead = _LEADS[len(turns) % len(_LEADS)] if may_search else _LAST_LEAD
     step.write("forced", lead if turns else f"{protocol.BEGIN_THINK}\n{lead}")
     end = protocol.END_THINK if may_stop else protocol.BEGIN_ANSWER
+    # What is written after it for the policy must not be taken from the answer's room.
+    opening = len(step.encode(f"\n{protocol.BEGIN_PREFERENCE}"))
     thought = await step.generate(
         max_tokens=step.settings.thought_tokens,
         stop=("\n", protocol.BEGIN_PREFERENCE, protocol.BEGIN_ITEMS, end),
-        reserve=reserve,
+        reserve=reserve + opening,
     )
     if thought.stop_string == protocol.END_THINK:
         return "answered"

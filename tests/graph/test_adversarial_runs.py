@@ -10,7 +10,7 @@ from io import StringIO
 from typing import Any, Literal
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from rich.console import Console
 
@@ -211,7 +211,29 @@ def play(
     return response
 
 
-@given(scripts, settings_of("serve"))
+@given(said=scripts, settings=settings_of("serve"))
+# A thought that took all the room but the answer's, and was then opened a preference for.
+@example(
+    said=[
+        (protocol.BEGIN_THINK * policies.LONG)[: policies.LONG],
+        "<think>" * 6,
+        "",
+        "<think>" * 2,
+    ],
+    settings=RunSettings.model_validate(
+        {
+            "k": 1,
+            "retrieve_n": 8,
+            "answer_form": "numbers",
+            "limits": {
+                "max_retrievals": 3,
+                "min_retrievals": 2,
+                "max_new_tokens": 64,
+                "max_total_tokens": 720,
+            },
+        }
+    ),
+)
 def test_a_served_run_ends_in_bounds_with_k_items(
     arena: Arena, said: list[str | list[int]], settings: RunSettings
 ) -> None:
