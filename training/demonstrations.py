@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from ..tools.text_encoder import TextEncoder
 
 _CHUNK = 32
-_RECENT = 5
+_RECENT = 3
 _OPENINGS = (
     "The history is mostly {values}.",
     "{title} and what came before it point to {values}.",
@@ -107,13 +108,15 @@ class DemonstrationConfig(BaseModel):
     # Preferences that are tried for each example.
     candidates: int = Field(16, ge=4)
     # How much more the first list, which no preference narrows, counts than each of the others.
-    first_weight: float = Field(3.0, gt=0)
+    first_weight: float = Field(4.0, gt=0)
     # The c of 1 / (c + rank), rank from 1, by which lists are fused.
     fusion_constant: float = Field(2.0, ge=0)
     # Share of the examples whose answer misses the target that are kept all the same.
     keep_misses: float = Field(0.25, ge=0, le=1)
     # Share of runs in which a search is repeated and refused. What is repeated is not learnt.
     repeats: float = Field(0.1, ge=0, le=1)
+    # Times that the examples are gone through, with everything drawn anew.
+    passes: PositiveInt = 1
     vary: Variation = Variation()
 
 
@@ -153,6 +156,11 @@ class Demonstrator:
         self._vocabulary = Vocabulary.build(items)
         self._row = {item.id: row for row, item in enumerate(items)}
 
+    @property
+    def passes(self) -> int:
+        """Times that examples are gone through."""
+        return self._config.passes
+
     def plan(self, examples: Sequence[Example], rng: Generator) -> list[Script | None]:
         """Scripts for examples; None where the answer misses and the example is left out."""
         settings = [self._config.vary.draw(self._settings, rng) for _ in examples]
@@ -183,21 +191,26 @@ class Demonstrator:
     def _suggestions(self, example: Example, length: int, rng: Generator) -> list[str]:
         """Preferences that a reader of the last items could come to, distinct, in random order."""
         read = [self._row[item] for item in example.history[-length:]]
-        terms = self._vocabulary.terms
-        main = Counter(term for row in read for term in self._vocabulary.items[row])
-        rest = Counter(term for row in read for term in self._vocabulary.extras[row])
-        mains = [terms[term][1] for term, _ in main.most_common(6)]
-        rests = [terms[term][1] for term, _ in rest.most_common(3)]
-        pairs = [(a, b) for at, a in enumerate(mains[:5]) for b in [*mains[at + 1 : 5], *rests]]
-        latest = example.history[-min(_RECENT, length) :]
-        titles = [self._catalog.display_title(id_) for id_ in latest]
-        wishes = [*mains, *("; ".join(pair) for pair in pairs)]
+        main = self._named(Counter(term for row in read for term in self._vocabulary.items[row]))
+        rest = self._named(Counter(term for row in read for term in self._vocabulary.extras[row]))
+        latest = self._named(Counter(self._vocabulary.items[read[-1]]))[:3]
+        beside = self._named(Counter(self._vocabulary.extras[read[-1]]))[:1]
+        titles = [
+            self._catalog.display_title(item) for item in example.history[-min(_RECENT, length) :]
+        ]
+        sets = [latest, [*latest, *beside], main[:3], [*main[:1], *rest[:1]]]
+        sets += [list(pair) for pair in combinations(main[:3], 2)]
+        wishes = [*main[:3], *("; ".join(values) for values in sets if values)]
         wishes += [f"similar to {title}" for title in titles]
-        wishes += [f"{value}; similar to {titles[-1]}" for value in mains[:3]]
+        wishes += [f"{value}; similar to {titles[-1]}" for value in main[:2]]
         # A semicolon inside a title would read as two phrases.
         named = {protocol.preference_key(wish): wish for wish in wishes}
         chosen = rng.permutation(sorted(named.values()))[: self._config.candidates]
         return [str(wish) for wish in chosen]
+
+    def _named(self, terms: Counter[int]) -> list[str]:
+        """Values of attributes, the commonest first."""
+        return [self._vocabulary.terms[term][1] for term, _ in terms.most_common()]
 
     def _script(
         self,
@@ -324,7 +337,7 @@ def demonstrate(
     """
     free = {"decoding": "free", "on_limit": "fail", "fill": False, "seed": None}
     made: list[Trajectory] = []
-    for example, script in _scripts(examples, demonstrator, seed):
+    for at, example, script in _scripts(examples, demonstrator, seed):
         if len(made) == wanted:
             break
         policy = ScriptedPolicy(script.texts, tokenizer, max_model_len)
@@ -337,7 +350,7 @@ def demonstrate(
         run = Trajectory.from_state(
             state,
             tokenizer,
-            id=f"demonstration/{example.user}/{len(example.history)}",
+            id=f"demonstration/{example.user}/{len(example.history)}/{at}",
             model=policy.name,
             target=example.target,
         )
@@ -351,10 +364,12 @@ def demonstrate(
 
 def _scripts(
     examples: Sequence[Example], demonstrator: Demonstrator, seed: int
-) -> Iterator[tuple[Example, Script]]:
+) -> Iterator[tuple[int, Example, Script]]:
+    """Pass, example and script, for those that have one."""
     rng = np.random.default_rng(seed)
-    for start in range(0, len(examples), _CHUNK):
-        chunk = examples[start : start + _CHUNK]
-        for example, script in zip(chunk, demonstrator.plan(chunk, rng), strict=True):
-            if script is not None:
-                yield example, script
+    for at in range(demonstrator.passes):
+        for start in range(0, len(examples), _CHUNK):
+            chunk = examples[start : start + _CHUNK]
+            for example, script in zip(chunk, demonstrator.plan(chunk, rng), strict=True):
+                if script is not None:
+                    yield at, example, script

@@ -86,7 +86,7 @@ def test_the_first_search_is_for_anything(
 ) -> None:
     histories = {(e.user, len(e.history)): e.history for e in examples}
     for run in runs:
-        _, user, length = run.id.split("/")
+        _, user, length, _ = run.id.split("/")
         history = histories[user, int(length)]
         alone = RetrievalRequest(history=history, k=6, exclude=frozenset(history))
         expected = [item.id for item in retriever.retrieve([alone])[0]]
@@ -119,6 +119,18 @@ def test_what_varies_is_what_the_prompt_says_and_the_run_does(
         assert shown.count("\n  - ") == run.settings.history_length
         searches = [turn for turn in run.turns if turn.preference]
         assert {len(turn.retrieved) for turn in searches} == {run.settings.retrieve_n}
+
+
+def test_a_second_pass_draws_anew(
+    examples: list[Example], retriever: Retriever, tiny_encoder: TextEncoder
+) -> None:
+    few, options = examples[:6], {"keep_misses": 1.0, "repeats": 0.0}
+    once = made(few, retriever, tiny_encoder, wanted=80, **options)
+    twice = made(few, retriever, tiny_encoder, wanted=80, passes=2, **options)
+    assert len(twice) == 2 * len(once)
+    assert len({run.id for run in twice}) == len(twice)
+    again = twice[len(once) :]
+    assert [run.completion_ids for run in again] != [run.completion_ids for run in once]
 
 
 def test_a_repeated_search_is_refused_and_only_what_follows_is_learnt(
