@@ -156,10 +156,17 @@ class Demonstrator:
         self._vocabulary = Vocabulary.build(items)
         self._row = {item.id: row for row, item in enumerate(items)}
 
-    @property
-    def passes(self) -> int:
-        """Times that examples are gone through."""
-        return self._config.passes
+    def scripts(
+        self, examples: Sequence[Example], seed: int
+    ) -> Iterator[tuple[int, Example, Script]]:
+        """Pass, example and script, for those that have one."""
+        rng = np.random.default_rng(seed)
+        for at in range(self._config.passes):
+            for start in range(0, len(examples), _CHUNK):
+                chunk = examples[start : start + _CHUNK]
+                for example, script in zip(chunk, self.plan(chunk, rng), strict=True):
+                    if script is not None:
+                        yield at, example, script
 
     def plan(self, examples: Sequence[Example], rng: Generator) -> list[Script | None]:
         """Scripts for examples; None where the answer misses and the example is left out."""
@@ -191,16 +198,17 @@ class Demonstrator:
     def _suggestions(self, example: Example, length: int, rng: Generator) -> list[str]:
         """Preferences that a reader of the last items could come to, distinct, in random order."""
         read = [self._row[item] for item in example.history[-length:]]
-        main = self._named(Counter(term for row in read for term in self._vocabulary.items[row]))
-        rest = self._named(Counter(term for row in read for term in self._vocabulary.extras[row]))
-        latest = self._named(Counter(self._vocabulary.items[read[-1]]))[:3]
-        beside = self._named(Counter(self._vocabulary.extras[read[-1]]))[:1]
+        items, extras = self._vocabulary.items, self._vocabulary.extras
+        main = self._commonest([items[row] for row in read], 3)
+        rest = self._commonest([extras[row] for row in read], 1)
+        latest = self._commonest([items[read[-1]]], 3)
+        beside = self._commonest([extras[read[-1]]], 1)
         titles = [
             self._catalog.display_title(item) for item in example.history[-min(_RECENT, length) :]
         ]
-        sets = [latest, [*latest, *beside], main[:3], [*main[:1], *rest[:1]]]
-        sets += [list(pair) for pair in combinations(main[:3], 2)]
-        wishes = [*main[:3], *("; ".join(values) for values in sets if values)]
+        sets = [latest, [*latest, *beside], main, [*main[:1], *rest]]
+        sets += [list(pair) for pair in combinations(main, 2)]
+        wishes = [*main, *("; ".join(values) for values in sets if values)]
         wishes += [f"similar to {title}" for title in titles]
         wishes += [f"{value}; similar to {titles[-1]}" for value in main[:2]]
         # A semicolon inside a title would read as two phrases.
@@ -208,9 +216,10 @@ class Demonstrator:
         chosen = rng.permutation(sorted(named.values()))[: self._config.candidates]
         return [str(wish) for wish in chosen]
 
-    def _named(self, terms: Counter[int]) -> list[str]:
-        """Values of attributes, the commonest first."""
-        return [self._vocabulary.terms[term][1] for term, _ in terms.most_common()]
+    def _commonest(self, rows: Sequence[Sequence[int]], count: int) -> list[str]:
+        """The terms that most rows hold, in words; ties keep the order of first appearance."""
+        terms = Counter(term for row in rows for term in row)
+        return self._vocabulary.phrases([term for term, _ in terms.most_common(count)])
 
     def _script(
         self,
@@ -337,7 +346,7 @@ def demonstrate(
     """
     free = {"decoding": "free", "on_limit": "fail", "fill": False, "seed": None}
     made: list[Trajectory] = []
-    for at, example, script in _scripts(examples, demonstrator, seed):
+    for at, example, script in demonstrator.scripts(examples, seed):
         if len(made) == wanted:
             break
         policy = ScriptedPolicy(script.texts, tokenizer, max_model_len)
@@ -360,16 +369,3 @@ def demonstrate(
             made.append(run)
             progress(len(made))
     return made
-
-
-def _scripts(
-    examples: Sequence[Example], demonstrator: Demonstrator, seed: int
-) -> Iterator[tuple[int, Example, Script]]:
-    """Pass, example and script, for those that have one."""
-    rng = np.random.default_rng(seed)
-    for at in range(demonstrator.passes):
-        for start in range(0, len(examples), _CHUNK):
-            chunk = examples[start : start + _CHUNK]
-            for example, script in zip(chunk, demonstrator.plan(chunk, rng), strict=True):
-                if script is not None:
-                    yield at, example, script
