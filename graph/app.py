@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import EngineError
 from ..settings import Settings, load_settings
+from ..tools.loading import uncollected
 from ..tools.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -27,6 +28,11 @@ _loading = threading.Lock()
 
 def load_engine(settings: Settings) -> Engine:
     """Start or reach the engine that the settings name. Raises EngineError."""
+    with uncollected():
+        return _engine(settings)
+
+
+def _engine(settings: Settings) -> Engine:
     engine = settings.engine
     if engine.kind == "server":
         from .engine.vllm_server import VLLMServerEngine

@@ -21,6 +21,7 @@ from ..settings import Settings
 from .assets import ensure_assets
 from .interactions import InteractionData, Split, leave_one_out
 from .loaders import load
+from .loading import uncollected
 
 if TYPE_CHECKING:
     import numpy as np
@@ -201,9 +202,10 @@ class Workspace:
     @cached_property
     def retriever(self) -> Retriever:
         """TRM, encoder and catalog as one service; close it when done."""
-        from .retriever import Retriever
+        with uncollected():
+            from .retriever import Retriever
 
-        return Retriever(self.trm, self.encoder, self.catalog)
+            return Retriever(self.trm, self.encoder, self.catalog)
 
     def is_complete(self) -> bool:
         """Whether every part is there: models, data set, TRM and catalog. Opens none of them."""

@@ -42,7 +42,9 @@ from deeprec.tools.workspace import Workspace
 settings = load_settings()
 adapter = settings.adapter or Path(sys.argv[1])
 workspace = Workspace(settings.model_copy(update={"adapter": adapter}))
-import deeprec.tools.retriever, deeprec.tools.text_encoder, deeprec.tools.trm.model
+from deeprec.tools.loading import uncollected
+with uncollected():
+    import deeprec.tools.retriever, deeprec.tools.text_encoder, deeprec.tools.trm.model
 done("importing torch, transformers, Chroma")
 retriever = workspace.retriever
 done("loading TRM, encoder and catalog")
@@ -52,7 +54,8 @@ if len(sys.argv) == 2:
     sys.exit()
 from deeprec.graph.app import load_engine, load_graph
 from deeprec.graph.build import build_graph
-import vllm.v1.engine.async_llm
+with uncollected():
+    import vllm.v1.engine.async_llm
 done("importing vLLM and LangGraph")
 engine = load_engine(workspace.settings)
 done("starting the LLM engine")
