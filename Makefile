@@ -55,9 +55,10 @@ soak: $(VENV)/.installed ## after make demo: 2,000 guided runs, a fault in every
 train-smoke: $(VENV)/.installed-dev ## after make demo: a short run of GRPO from the shipped warm start, with SEED
 	$(BIN)/python training/run_grpo.py --config training/configs/smoke_ml100k.yaml --seed $(SEED) --output runs/smoke-$(SEED)
 
-EVALUATED := recbole baselines untuned warm_start stages
+EVALUATED := recbole baselines untuned warm_start variants stages r2ec
 
 table: $(VENV)/.installed-dev .venv-recbole/.installed ## after make demo: the evaluations that the README tells, its table with them; hours, goes on after a kill
+	$(BIN)/python training/run_recpo.py --config training/configs/recpo_cpu_ml100k.yaml
 	for name in $(EVALUATED); do $(BIN)/deeprec eval --config evals/configs/$${name}_ml100k.yaml || exit 1; done
 	$(BIN)/deeprec eval-table $(EVALUATED:%=runs/eval_%_ml100k) --into README.md
 
