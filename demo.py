@@ -24,7 +24,7 @@ from .tools.progress import counted, trm_progress
 from .tools.retriever import RetrievalRequest
 from .tools.workspace import Workspace
 
-SHIPPED_ADAPTER = Path(__file__).parent / "training" / "adapters" / "warm_start_ml100k"
+SHIPPED_ADAPTER = Path(__file__).parent / "training" / "adapters" / "stage2_ml100k"
 """Teaches the demo's LLM the protocol: its runs need no grammar."""
 
 _SETTINGS = {
