@@ -26,13 +26,9 @@ if TYPE_CHECKING:
 _loading = threading.Lock()
 
 
+@uncollected()
 def load_engine(settings: Settings) -> Engine:
     """Start or reach the engine that the settings name. Raises EngineError."""
-    with uncollected():
-        return _engine(settings)
-
-
-def _engine(settings: Settings) -> Engine:
     engine = settings.engine
     if engine.kind == "server":
         from .engine.vllm_server import VLLMServerEngine

@@ -200,12 +200,12 @@ class Workspace:
         return Catalog.open(self._catalog_settings, fingerprint=self._fingerprint)
 
     @cached_property
+    @uncollected()
     def retriever(self) -> Retriever:
         """TRM, encoder and catalog as one service; close it when done."""
-        with uncollected():
-            from .retriever import Retriever
+        from .retriever import Retriever
 
-            return Retriever(self.trm, self.encoder, self.catalog)
+        return Retriever(self.trm, self.encoder, self.catalog)
 
     def is_complete(self) -> bool:
         """Whether every part is there: models, data set, TRM and catalog. Opens none of them."""
