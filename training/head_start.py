@@ -26,11 +26,13 @@ from ..configuration import replacing
 from ..graph import protocol
 from ..graph.r2ec.backbone import batches
 from ..graph.r2ec.head import RecommendationHead
-from ..graph.r2ec.readings import user_ids
+from ..graph.r2ec.readings import OPENING, user_ids
 from ..graph.resources import listed_item
 from ..tools.trm.vocabulary import Vocabulary, history_preference
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from ..graph.r2ec.backbone import Backbone
     from ..tools.catalog import Catalog
     from ..tools.interactions import InteractionData, Split
@@ -55,69 +57,78 @@ class HeadStart(BaseModel):
 
 @dataclass(frozen=True)
 class Reading:
-    """A user's reading: token ids, and which of them predict which item."""
+    """A user's reading: token ids, which of them predict which item, and what the LLM writes."""
 
     user: int  # index
     ids: list[int]
     places: list[int]  # tokens whose states predict; the last one is the reading's end
     targets: list[int]  # item index of each
+    spoken: list[int]  # places of the thought's tokens and of the marker that ends it
 
 
-def readings_of(
-    data: InteractionData,
-    split: Split,
-    catalog: Catalog,
-    backbone: Backbone,
-    config: HeadStart,
-    *,
-    history_length: int,
-    seed: int,
-) -> list[Reading]:
-    """Draw readings from the training part, users and positions alike by the seed."""
-    rng = np.random.default_rng([seed, 17])
-    vocabulary = Vocabulary.build(data.items)
-    ends = [
-        (user, at)
-        for user, sequence in enumerate(split.train)
-        for at in range(1, len(sequence) - config.left_per_user)
-    ]
-    drawn = rng.permutation(len(ends))[: config.readings]
-    found = []
-    for place in drawn:
-        user, at = ends[place]
-        window = split.train[user][max(0, at - history_length) : at + 1].tolist()
-        thought = ""
-        if rng.random() < config.thoughts:
-            preference = history_preference(vocabulary, split.train[user][:at].tolist())
-            thought = f"This user seems to like {preference}." if preference else ""
-        found.append(_reading(user, data, catalog, backbone, window, thought))
-    return found
+@dataclass(frozen=True)
+class Reader:
+    """Makes readings of users' training parts."""
 
+    data: InteractionData
+    split: Split
+    catalog: Catalog
+    tokenizer: PreTrainedTokenizerBase
+    vocabulary: Vocabulary
+    history_length: int
 
-def _reading(
-    user: int,
-    data: InteractionData,
-    catalog: Catalog,
-    backbone: Backbone,
-    window: Sequence[int],
-    thought: str,
-) -> Reading:
-    tokenizer = backbone.tokenizer
-    listed = [listed_item(catalog, data.items[item].id) for item in window[:-1]]
-    ids = user_ids(listed, thought, tokenizer)
-    text = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ends = [end for _, end in encoded["offset_mapping"]]
-    places, targets, start = [], [], 0
-    # Where decoding and encoding again give other tokens, only the reading's end predicts.
-    if encoded["input_ids"] == ids:
+    def read(self, user: int, at: int, *, thought: bool) -> Reading:
+        """The reading whose target is `at` in the user's training part.
+
+        With a `thought` it says the commonest attributes of what came before, where there are any.
+        """
+        sequence = self.split.train[user].tolist()
+        said = ""
+        if thought:
+            preference = history_preference(self.vocabulary, sequence[:at])
+            said = f"This user seems to like {preference}." if preference else ""
+        return self._reading(user, sequence[max(0, at - self.history_length) : at + 1], said)
+
+    def ids_of(self, history: Sequence[int], thought: str = "") -> list[int]:
+        """Token ids of a reading of these items."""
+        return user_ids(self._listed(history), thought, self.tokenizer)
+
+    def _listed(self, history: Sequence[int]) -> list[protocol.ListedItem]:
+        return [listed_item(self.catalog, self.data.items[item].id) for item in history]
+
+    def _reading(self, user: int, window: Sequence[int], thought: str) -> Reading:
+        listed = self._listed(window[:-1])
+        ids = user_ids(listed, thought, self.tokenizer)
+        text = str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        if encoded["input_ids"] != ids:
+            # Where decoding and encoding again give other tokens, only the reading's end predicts.
+            return Reading(user, ids, [len(ids) - 1], [window[-1]], [])
+        offsets = encoded["offset_mapping"]
+        places, start = [], 0
         for rank, item in enumerate(listed, 1):
             line = protocol.render_item(f"{rank}.", protocol.ListedItem(item.id, item.title))
             start = text.index(line, start) + len(line)
-            places.append(next(at for at, end in enumerate(ends) if end >= start))
-            targets.append(window[rank])
-        places, targets = places[:-1], targets[:-1]  # the last line's next item is the target
-    return Reading(user, ids, [*places, len(ids) - 1], [*targets, window[-1]])
+            places.append(next(at for at, (_, end) in enumerate(offsets) if end >= start))
+        places[-1] = len(ids) - 1  # what comes after the last line is the reading's target
+        spoken: list[int] = []
+        if thought:
+            begin = text.rindex(OPENING) + len(OPENING)
+            end = text.rindex(protocol.END_THINK) + len(protocol.END_THINK)
+            spoken = [at for at, (a, b) in enumerate(offsets) if a >= begin and b <= end]
+        return Reading(user, ids, places, [*window[1:]], spoken)
+
+
+def readings_of(reader: Reader, config: HeadStart, *, seed: int) -> list[Reading]:
+    """Draw readings from the training part, users and positions alike by the seed."""
+    rng = np.random.default_rng([seed, 17])
+    ends = [
+        (user, at)
+        for user, sequence in enumerate(reader.split.train)
+        for at in range(1, len(sequence) - config.left_per_user)
+    ]
+    drawn = rng.permutation(len(ends))[: config.readings]
+    return [reader.read(*ends[at], thought=rng.random() < config.thoughts) for at in drawn]
 
 
 def states_of(

@@ -57,6 +57,20 @@ def load_policy(
     return model if lora is None else get_peft_model(model, lora.config())
 
 
+def check_start(start: Path, lora: LoRA | None) -> None:
+    """Refuse a start that is missing, or a whole model under an adapter that would be served over
+    another. Raises SettingsError.
+    """
+    if not start.is_dir():
+        raise SettingsError(f"start {start} does not exist: train that run first")
+    whole = (start / "config.json").is_file() and not (start / ADAPTER_CONFIG).is_file()
+    if whole and lora is not None:
+        raise SettingsError(
+            f"start {start} is a whole model and lora is set: the adapter would be served over the "
+            "settings' model, which is another. Name that folder as `model`, or set lora to null"
+        )
+
+
 def keep_run_settings(run: RunSettings, folder: Path) -> None:
     """Write beside the weights what of a run's settings the policy was trained with."""
     fields = run.model_dump(include=_TRAINED_WITH)

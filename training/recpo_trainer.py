@@ -16,16 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..configuration import replacing, write_json
+from ..configuration import write_json
 from ..errors import SettingsError
 from ..graph.engine.base import LoopThread
 from ..graph.r2ec.readings import user_ids
 from ..graph.resources import listed_item
 from ..graph.state import OUTAGES
+from .one_file import load_trained, save_trained
 from .policy import plain_weights
 from .recpo import (
     RecPO,
@@ -306,30 +305,14 @@ class RecPOTrainer:
         }
 
     def _save(self, step: int) -> None:
-        tensors = {name: p.detach().cpu().contiguous() for name, p in self._trained.items()}
-        for name, p in self._trained.items():
-            for kind, value in self._optimizer.state[p].items():
-                tensors[f"optimizer.{kind}.{name}"] = value.detach().cpu().clone()
         said = {"step": str(step), "log": json.dumps(self.log)}
-        with replacing(self._folder / CHECKPOINT) as beside:
-            save_file(tensors, beside, metadata=said)
+        save_trained(self._folder / CHECKPOINT, self._trained, self._optimizer, said)
         write_json(self._folder / LOG, self.log)
 
     def _resume(self) -> int:
-        path = self._folder / CHECKPOINT
-        if not path.is_file():
+        said = load_trained(self._folder / CHECKPOINT, self._trained, self._optimizer)
+        if said is None:
             return 0
-        with safe_open(path, framework="pt") as file, torch.no_grad():
-            said = file.metadata()
-            for name, p in self._trained.items():
-                p.copy_(file.get_tensor(name))
-                self._optimizer.state[p] = {
-                    kind: file.get_tensor(f"optimizer.{kind}.{name}")
-                    if kind == "step"
-                    else file.get_tensor(f"optimizer.{kind}.{name}").to(p.device)
-                    for kind in ("step", "exp_avg", "exp_avg_sq")
-                    if f"optimizer.{kind}.{name}" in file.keys()  # noqa: SIM118  # no dict
-                }
         self.log = json.loads(said["log"])
         return int(said["step"])
 

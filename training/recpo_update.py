@@ -170,6 +170,7 @@ def chains_hidden(backbone: Backbone, group: Group) -> tuple[Tensor, list[int]]:
             input_ids=torch.tensor([ids], device=device),
             position_ids=torch.tensor([positions], device=device),
             attention_mask=sees[None, None].to(device),
+            use_cache=False,
         )
     return out.last_hidden_state[0], ends
 

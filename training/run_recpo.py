@@ -20,27 +20,19 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from rich.console import Console
 
 from deeprec.configuration import RunArguments, keep_config, keep_origin, write_json, write_text
-from deeprec.errors import SettingsError
-from deeprec.graph.app import local_engine, tuned_model
+from deeprec.graph.app import local_engine
 from deeprec.graph.build import build_graph
-from deeprec.graph.engine.adapter import ADAPTER_CONFIG, keep_base, weights_digest
+from deeprec.graph.engine.adapter import weights_digest
 from deeprec.graph.engine.limits import check_model_folder
-from deeprec.graph.engine.tokenizer import load_tokenizer
-from deeprec.graph.r2ec.backbone import Backbone
 from deeprec.graph.r2ec.build import build_r2ec_graph
 from deeprec.graph.r2ec.head import (
-    HeadCard,
-    RecommendationHead,
     check_dataset,
     check_llm,
     load_head,
     read_card,
-    save_head,
-    weights_fingerprint,
 )
-from deeprec.graph.r2ec.items import ItemStates, catalog_readings, content_key
+from deeprec.graph.r2ec.items import ItemStates
 from deeprec.graph.r2ec.ranker import HeadRanker
-from deeprec.graph.r2ec.readings import VERSION
 from deeprec.graph.state import RunSettings
 from deeprec.settings import load_settings
 from deeprec.terminal import tells_errors
@@ -49,8 +41,9 @@ from deeprec.tools.workspace import Workspace
 from deeprec.training.card import quarters
 from deeprec.training.configuration import LoRA, add_learning_options
 from deeprec.training.ground import TARGETS_PER_USER, select_users, training_ground
-from deeprec.training.head_start import HeadStart, fit_head, readings_of, states_of
-from deeprec.training.policy import keep_run_settings, load_policy
+from deeprec.training.head_folder import leave_head, live_backbone, start_head
+from deeprec.training.head_start import HeadStart
+from deeprec.training.policy import check_start, load_policy
 from deeprec.training.recpo import RecPO
 from deeprec.training.recpo_trainer import RecPOTrainer
 from deeprec.training.rollout import Plan
@@ -126,7 +119,7 @@ def run(config: RecPORun, console: Console) -> Path:
     base = settings.model_name
     check_model_folder(base)
     if config.start is not None:
-        _check_start(config.start, config.lora)
+        check_start(config.start, config.lora)
     keep_config(config, config.output, free=frozenset({"save_every", "steps"}))
     workspace = Workspace(settings)
     origin = {"data set": workspace.data.fingerprint, "LLM": weights_digest(base)}
@@ -136,7 +129,15 @@ def run(config: RecPORun, console: Console) -> Path:
     workspace.ensure_assets(lambda message: console.print(f"  {message}", style="dim"))
     head_folder = config.head or config.output / "head"
     if config.head is None and not (head_folder / "head.json").exists():
-        start_head(config, workspace, head_folder, console)
+        start_head(
+            workspace,
+            config.start,
+            config.head_start,
+            config.run,
+            head_folder,
+            console,
+            seed=config.seed,
+        )
     card = read_card(head_folder)
     check_dataset(card, workspace.data.fingerprint, head_folder)
     check_llm(card, base, config.start, head_folder)
@@ -199,80 +200,6 @@ def run(config: RecPORun, console: Console) -> Path:
     return final
 
 
-def _check_start(start: Path, lora: LoRA | None) -> None:
-    if not start.is_dir():
-        raise SettingsError(f"start {start} does not exist: train that run first")
-    whole = (start / "config.json").is_file() and not (start / ADAPTER_CONFIG).is_file()
-    if whole and lora is not None:
-        raise SettingsError(
-            f"start {start} is a whole model and lora is set: the adapter would be served over the "
-            "settings' model, which is another. Name that folder as `model`, or set lora to null"
-        )
-
-
-def start_head(config: RecPORun, workspace: Workspace, folder: Path, console: Console) -> None:
-    """Fit a head over the states of the LLM as it starts, and keep it with its item states."""
-    own = settings = workspace.settings
-    if config.start is not None:
-        adapter = (config.start / ADAPTER_CONFIG).is_file()
-        change = {"adapter": config.start} if adapter else {"model": str(config.start)}
-        own = settings.model_copy(update=change)
-    backbone = Backbone.load(tuned_model(own), dtype=settings.engine.dtype)
-    data, catalog = workspace.data, workspace.catalog
-    length = config.run.history_length
-    readings = readings_of(
-        data,
-        workspace.split,
-        catalog,
-        backbone,
-        config.head_start,
-        history_length=length,
-        seed=config.seed,
-    )
-    parts = config.output / "states"
-    users, targets, owners = states_of(
-        readings,
-        backbone,
-        parts,
-        progress=lambda done, total: console.print(f"  readings {done} of {total}", style="dim"),
-    )
-    weights = weights_fingerprint(settings.model_name, config.start)
-    states = ItemStates.read(folder, weights)
-    now = catalog.snapshot
-    sequences = catalog_readings(now, backbone)
-    items = states.of(sequences, backbone)[[now.index[item.id] for item in data.items]]
-    head = RecommendationHead(backbone.dim)
-    rows = fit_head(head, users, targets, owners, items, seed=config.seed)
-    write_json(folder / "log.json", rows)
-    best = min(rows, key=lambda row: row["valid_loss"])
-    console.print(
-        f"head: ridge {best['ridge']:g}, held-out loss {best['valid_loss']:.3f}, NDCG@10 "
-        f"{best['ndcg@10']:.3f} (the past not left out)"
-    )
-    states.save(folder)
-    keep_run_settings(config.run, folder)
-    save_head(folder, head, _card(config, workspace, sequences, weights, head))
-
-
-def _card(
-    config: RecPORun,
-    workspace: Workspace,
-    sequences: Sequence[Sequence[int]],
-    weights: str,
-    head: RecommendationHead,
-) -> HeadCard:
-    return HeadCard(
-        base=Path(workspace.settings.model_name).name,
-        dim=head.dim,
-        readings=VERSION,
-        dataset=workspace.data.fingerprint,
-        weights=weights,
-        history_length=config.run.history_length,
-        thought_tokens=config.run.thought_tokens,
-        trained_items=tuple(content_key(sequence) for sequence in sequences),
-    )
-
-
 def _ground(
     config: RecPORun, workspace: Workspace, console: Console
 ) -> tuple[Catalog, Retriever | None, list[Example]]:
@@ -309,9 +236,7 @@ def _live_ranker(
 ) -> HeadRanker:
     """Make a ranker over the LLM that is trained; its head is trained as well."""
     card = read_card(folder)
-    inner = llm.get_base_model() if hasattr(llm, "get_base_model") else llm
-    body = getattr(inner, inner.base_model_prefix)
-    backbone = Backbone(body, load_tokenizer(base), autocast=config.precision == "bfloat16")
+    backbone = live_backbone(llm, base, autocast=config.precision == "bfloat16")
     return HeadRanker(
         backbone,
         load_head(folder, card),
@@ -331,16 +256,8 @@ def _leave(
     console: Console,
 ) -> None:
     """Write the LLM, its head, its settings and a card."""
-    base = workspace.settings.model_name
-    llm.save_pretrained(str(final))
-    if config.lora is None:
-        ranker.backbone.tokenizer.save_pretrained(str(final))
-    else:
-        keep_base(base, final)
-    keep_run_settings(config.run, final)
-    weights = weights_fingerprint(base, final)
-    card = _card(config, workspace, ranker.table().readings, weights, ranker.head)
-    save_head(final, ranker.head, card)
+    backbone, readings = ranker.backbone, ranker.table().readings
+    card = leave_head(workspace, config.run, llm, backbone, ranker.head, readings, final)
     rows = [(name, found) for name in FIGURES if (found := quarters(log, name))]
     for name, (first, last) in rows:
         console.print(f"  {name:<20} first quarter {first:.4f}, last quarter {last:.4f}")

@@ -96,7 +96,9 @@ class Backbone:
         rounding = torch.autocast(device.type, torch.bfloat16) if self.autocast else nullcontext()
         with rounding:
             out = self.body(
-                input_ids=ids.to(device), attention_mask=None if same else mask.to(device)
+                input_ids=ids.to(device),
+                attention_mask=None if same else mask.to(device),
+                use_cache=False,
             )
         hidden: Tensor = out.last_hidden_state
         return hidden

@@ -444,7 +444,6 @@ def spoil_an_item(folder: Path) -> None:
 
 FAULTS = [
     drop_indexes,
-    halve_indexes,
     scramble_indexes,
     truncate_database,
     overwrite_database,
@@ -464,6 +463,25 @@ def test_damage_is_found_at_open_and_mended_by_building_again(here: CatalogSetti
     assert str(here.folder) in str(caught.value)
     with build(here, 9) as again:
         assert len(again) == 9
+
+
+def test_an_index_cut_short_is_found_at_open(here: CatalogSettings):
+    # In a process of its own: Chroma reads the short file into memory that it does not clear, and
+    # where this process built the catalog that may hold the very vectors that the file has lost.
+    halve_indexes(here.folder)
+    code = (
+        "import sys\nfrom pathlib import Path\n"
+        "from deeprec.tools.catalog import Catalog, CatalogSettings\n"
+        "Catalog.open(CatalogSettings(folder=Path(sys.argv[1])))"
+    )
+    opened = subprocess.run(
+        [sys.executable, "-c", code, str(here.folder)], capture_output=True, text=True, check=False
+    )
+    assert opened.returncode == 1
+    last = opened.stderr.splitlines()[-1]
+    assert "CatalogError" in last
+    assert str(here.folder) in last
+    assert "deeprec index" in last
 
 
 def test_a_catalog_that_lost_its_index_counts_right_and_is_refused(here: CatalogSettings):

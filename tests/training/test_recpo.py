@@ -20,8 +20,9 @@ from deeprec.graph.r2ec.ranker import HeadRanker
 from deeprec.graph.state import RunSettings
 from deeprec.tools.interactions import InteractionData, leave_one_out
 from deeprec.tools.retriever import Retriever
+from deeprec.tools.trm.vocabulary import Vocabulary
 from deeprec.training import head_start
-from deeprec.training.head_start import HeadStart, fit_head, readings_of, states_of
+from deeprec.training.head_start import HeadStart, Reader, fit_head, readings_of, states_of
 from deeprec.training.recpo import (
     RecPO,
     advantages,
@@ -319,7 +320,9 @@ def test_a_head_start_reads_each_line_and_learns(
     config = HeadStart(readings=200)
     catalog = retriever.catalog
     split = leave_one_out(tiny_data)
-    readings = readings_of(tiny_data, split, catalog, live, config, history_length=4, seed=0)
+    vocabulary = Vocabulary.build(tiny_data.items)
+    reader = Reader(tiny_data, split, catalog, live.tokenizer, vocabulary, history_length=4)
+    readings = readings_of(reader, config, seed=0)
     assert len(readings) == 200
     for reading in readings[:20]:
         assert {int(item) for item in reading.targets} <= set(split.train[reading.user].tolist())

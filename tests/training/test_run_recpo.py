@@ -20,7 +20,7 @@ from deeprec.graph import protocol
 from deeprec.graph.engine.adapter import BASE
 from deeprec.graph.engine.base import Generation, GenerationRequest
 from deeprec.graph.r2ec.backbone import Backbone
-from deeprec.graph.r2ec.head import HEAD, load_head, read_card
+from deeprec.graph.r2ec.head import HEAD, load_head, read_card, weights_fingerprint
 from deeprec.graph.r2ec.ranker import HeadRanker
 from deeprec.settings import load_settings
 from deeprec.tools.interactions import InteractionData
@@ -353,7 +353,7 @@ def test_a_head_starts_from_what_the_policy_starts_from(
     folder = run_recpo.run(config(tmp_path / "run", steps=0, start=start), Console(quiet=True))
     merged = [str(path) for path in settings.merged_dir.glob("warm-*")] if with_start else []
     assert read == (merged or [settings.model_name])
-    weights = run_recpo.weights_fingerprint(settings.model_name, start)
+    weights = weights_fingerprint(settings.model_name, start)
     card = read_card(folder)
     assert (card.weights, card.history_length, card.thought_tokens) == (weights, 3, 8)
 

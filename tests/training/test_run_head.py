@@ -1,0 +1,244 @@
+"""Supervised training of the head and its LLM: what is read, what is learnt, what is left."""
+
+import json
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from safetensors.torch import load_file
+from torch.nn import functional
+from transformers import AutoModelForCausalLM
+
+from deeprec.configuration import load_config
+from deeprec.errors import SettingsError
+from deeprec.graph.engine.tokenizer import load_tokenizer
+from deeprec.graph.r2ec.backbone import Backbone
+from deeprec.graph.r2ec.head import RecommendationHead
+from deeprec.graph.r2ec.items import catalog_readings
+from deeprec.graph.r2ec.ranker import HeadRanker
+from deeprec.settings import load_settings
+from deeprec.tools.interactions import InteractionData, leave_one_out
+from deeprec.tools.retriever import Retriever
+from deeprec.tools.trm.vocabulary import Vocabulary
+from deeprec.tools.workspace import Workspace
+from deeprec.training import run_head, run_recpo
+from deeprec.training.card import quarters
+from deeprec.training.configuration import LoRA
+from deeprec.training.head_start import Reader
+from deeprec.training.head_training import HeadLearning, HeadTrainer, places_by_step
+from deeprec.training.run_head import HeadRun
+
+from .test_run_recpo import CutError, Rambler, here, home
+from .test_run_recpo import config as recpo_config
+
+__all__ = ["here", "home"]
+
+
+def config(output: Path, **changes: Any) -> HeadRun:
+    fields: dict[str, Any] = {
+        "output": output,
+        "workspace": "tiny",
+        "head_start": {"readings": 60},
+        "learning": {
+            "steps": 4, "readings_per_step": 4, "fresh_items": 4, "refresh_every": 3,
+            "valid_users": 10, "valid_every": 2, "save_every": 2, "learning_rate": 0.001,
+        },
+        "run": {"history_length": 4, "thought_tokens": 8},
+        "precision": "float32",
+    }  # fmt: skip
+    return HeadRun.model_validate({**fields, **changes})
+
+
+def test_each_position_is_a_target_once_in_a_pass() -> None:
+    sequences = [np.arange(23, dtype=np.int32), np.arange(9, dtype=np.int32)]
+    made = HeadLearning(steps=1, readings_per_step=1, left_per_user=2)
+    # 21 and 7 positions that may be targets, in windows of 4: at most 5 and 2 readings a pass.
+    for places in (
+        islice(places_by_step(sequences, made, window=4, seed=seed), 5) for seed in range(9)
+    ):
+        targets = [
+            (user, target) for ((user, at),) in places for target in range(max(1, at - 3), at + 1)
+        ]
+        assert len(set(targets)) == len(targets)
+        assert all(target < len(sequences[user]) - 2 for user, target in targets)
+    passes = places_by_step(sequences, made, window=4, seed=0)
+    drawn = {place for (place,) in islice(passes, 100)}
+    assert {at for user, at in drawn if user == 0} == set(range(1, 21))
+
+
+def test_a_step_larger_than_a_pass_is_refused() -> None:
+    made = HeadLearning(steps=1, readings_per_step=3, left_per_user=2)
+    with pytest.raises(SettingsError, match="gives 2 readings"):
+        next(places_by_step([np.arange(5, dtype=np.int32)] * 2, made, window=4, seed=0))
+
+
+@pytest.fixture
+def reader(tiny_data: InteractionData, tiny_llm: str, retriever: Retriever) -> Reader:
+    split, vocabulary = leave_one_out(tiny_data), Vocabulary.build(tiny_data.items)
+    tokenizer = load_tokenizer(tiny_llm)
+    return Reader(tiny_data, split, retriever.catalog, tokenizer, vocabulary, history_length=4)
+
+
+def test_the_thought_and_its_end_are_what_is_written(reader: Reader) -> None:
+    reading = reader.read(3, 6, thought=True)
+    said = reader.tokenizer.decode([reading.ids[place] for place in reading.spoken])
+    assert said.startswith("This user seems to like ")
+    assert said.endswith(".\n</think>")
+    assert reading.spoken == list(range(reading.spoken[0], reading.spoken[-1] + 1))
+    assert reader.read(3, 6, thought=False).spoken == []
+
+
+@pytest.fixture
+def trainer(reader: Reader, tiny_llm: str, tmp_path: Path) -> HeadTrainer:
+    llm = AutoModelForCausalLM.from_pretrained(tiny_llm, dtype=torch.float32).eval()
+    backbone = Backbone(getattr(llm, llm.base_model_prefix), reader.tokenizer)
+    torch.manual_seed(0)
+    made = HeadTrainer(
+        llm=llm,
+        backbone=backbone,
+        head=RecommendationHead(backbone.dim),
+        items=catalog_readings(reader.catalog.snapshot, backbone),
+        reader=reader,
+        config=HeadLearning(
+            steps=2, readings_per_step=3, fresh_items=5, thought_weight=0.5, tokens_per_pass=256
+        ),
+        folder=tmp_path,
+        seed=0,
+    )
+    made._refresh()
+    return made
+
+
+def test_the_gradient_is_that_of_the_plain_objective(
+    trainer: HeadTrainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = [(0, 6), (1, 3), (2, 5)]
+    rng = np.random.default_rng([0, 29, 1])
+    readings = [trainer._reader.read(u, at, thought=rng.random() < 0.5) for u, at in places]
+    assert {bool(reading.spoken) for reading in readings} == {False, True}
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_: None)
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.zeros(()))
+    fresh: list[int] = []
+    plain_index = torch.Tensor.index_copy
+
+    def index_copy(self: Any, dim: int, index: Any, source: Any) -> Any:
+        fresh[:] = index.tolist()
+        return plain_index(self, dim, index, source)
+
+    monkeypatch.setattr(torch.Tensor, "index_copy", index_copy)
+    trainer._step(1, places)
+    found = {name: p.grad.clone() for name, p in trainer._trained.items() if p.grad is not None}
+    assert len(fresh) == 5
+
+    # Once more in one piece, each reading and item read by itself.
+    for p in trainer._trained.values():
+        p.grad = None
+    items = trainer._states.clone()
+    states = [trainer._backbone.hidden([trainer._items[item]])[0, -1] for item in fresh]
+    vectors = trainer._head.items(items.index_copy(0, torch.tensor(fresh), torch.stack(states)))
+    line, end, thought = [], [], []
+    for reading in readings:
+        hidden = trainer._backbone.hidden([reading.ids])[0]
+        logprobs = (trainer._head.users(hidden[reading.places]) @ vectors.T).log_softmax(dim=-1)
+        losses = [-logprobs[row, target] for row, target in enumerate(reading.targets)]
+        line += losses[:-1]
+        end += losses[-1:]
+        if reading.spoken:
+            logits = trainer._llm(input_ids=torch.tensor([reading.ids])).logits[0]
+            thought += [
+                functional.cross_entropy(logits[at - 1], torch.tensor(reading.ids[at]))
+                for at in reading.spoken
+            ]
+    loss = (torch.stack(line).mean() + torch.stack(end).mean()) / 2
+    (loss + 0.5 * torch.stack(thought).mean()).backward()  # type: ignore[no-untyped-call]
+    for name, p in trainer._trained.items():
+        assert p.grad is not None
+        torch.testing.assert_close(found[name], p.grad, atol=2e-5, rtol=1e-3, msg=name)
+    assert found["head.item.weight"].abs().max() > 1e-4
+
+
+def test_rates_rise_and_fall(trainer: HeadTrainer) -> None:
+    trainer._config = HeadLearning(steps=100, warmup=0.1)
+    factors = [trainer._factor(step) for step in range(100)]
+    assert factors[0] == pytest.approx(1 / 11)
+    assert max(factors) == factors[10] == pytest.approx(1)
+    assert factors[55] == pytest.approx(0.55)
+    assert factors[99] == pytest.approx(0.1, abs=0.001)
+
+
+def test_a_run_leaves_what_is_served_and_what_recpo_starts_from(
+    here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    final = run_head.run(config(tmp_path / "run"), Console(quiet=True))
+    log = json.loads((tmp_path / "run" / "log.json").read_text())
+    assert [row["step"] for row in log] == [0, 1, 2, 3]
+    assert [row["step"] for row in log if "valid/ndcg@10" in row] == [1, 3]
+    settings = load_settings(workspace="tiny")
+    workspace = Workspace(settings)
+    ranker = HeadRanker.load(settings, final, workspace.catalog)  # fingerprints hold
+    kept, fresh = ranker.table().vectors, ranker.backbone.states(ranker.table().readings)
+    with torch.no_grad():
+        torch.testing.assert_close(kept, ranker.head.items(fresh), atol=1e-4, rtol=0)
+    ranker.close()
+    monkeypatch.setattr(run_recpo, "local_engine", Rambler)
+    changes = {"start": final, "head": final, "lora": None, "updates": 1, "steps": 1}
+    trained = run_recpo.run(recpo_config(tmp_path / "recpo", **changes), Console(quiet=True))
+    one, other = (load_file(at / "head.safetensors")["user.weight"] for at in (final, trained))
+    assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize("lora", [None, LoRA(r=2)])
+def test_a_run_goes_on_after_a_kill(
+    here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora: LoRA | None
+) -> None:
+    told: list[float] = []
+    killed = [True]
+
+    def tell(row: dict[str, float], console: Console) -> None:
+        told.append(row["step"])
+        if killed and row["step"] == 2:
+            raise CutError
+
+    monkeypatch.setattr(run_head, "_tell", tell)
+    with pytest.raises(CutError):
+        run_head.run(config(tmp_path / "cut", lora=lora), Console(quiet=True))
+    killed.clear()
+    resumed = run_head.run(config(tmp_path / "cut", lora=lora), Console(quiet=True))
+    assert told == [0, 1, 2, 2, 3]  # from the checkpoint after step 1
+    whole = run_head.run(config(tmp_path / "whole", lora=lora), Console(quiet=True))
+    weights = "model.safetensors" if lora is None else "adapter_model.safetensors"
+    for name in (weights, "head.safetensors"):
+        one, other = (load_file(folder / name) for folder in (whole, resumed))
+        for key, value in one.items():
+            torch.testing.assert_close(value, other[key], atol=1e-5, rtol=0, msg=key)
+
+
+def test_it_learns(here: None, tmp_path: Path) -> None:
+    learning = {
+        "steps": 150, "readings_per_step": 8, "learning_rate": 0.001, "valid_every": 150,
+        "valid_users": 40,
+    }  # fmt: skip
+    run_head.run(config(tmp_path / "run", learning=learning), Console(quiet=True))
+    log = json.loads((tmp_path / "run" / "log.json").read_text())
+    # The users walk from film to film, so that the next one can be known.
+    for name, gain in (("loss/end", 0.7), ("loss/line", 0.7), ("loss/thought", 5)):
+        first, last = quarters(log, name) or (0.0, 0.0)
+        assert last < first - gain, name
+    assert log[-1]["valid/ndcg@10"] > 0.4  # by chance .11
+
+
+def test_the_shipped_configurations_are_sound(tmp_path: Path) -> None:
+    folder = Path(run_head.__file__).parent / "configs"
+    paths = list(folder.glob("head_*.yaml"))
+    assert paths
+    for path in paths:
+        assert load_config(path, HeadRun).learning.steps > 0
+    bad = tmp_path / "bad.yaml"
+    bad.write_text(yaml.safe_dump({"output": "out", "learning": {"steps": 0}}))
+    with pytest.raises(SettingsError, match=r"learning.steps"):
+        load_config(bad, HeadRun)

@@ -1,0 +1,135 @@
+"""A head's folder: fitted at the start of a run, and left at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..configuration import write_json
+from ..graph.app import tuned_model
+from ..graph.engine.adapter import ADAPTER_CONFIG, keep_base
+from ..graph.engine.tokenizer import load_tokenizer
+from ..graph.r2ec.backbone import Backbone
+from ..graph.r2ec.head import HeadCard, RecommendationHead, save_head, weights_fingerprint
+from ..graph.r2ec.items import ItemStates, catalog_readings, content_key
+from ..graph.r2ec.readings import VERSION
+from ..tools.trm.vocabulary import Vocabulary
+from .head_start import HeadStart, Reader, fit_head, readings_of, states_of
+from .policy import keep_run_settings
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..graph.state import RunSettings
+    from ..tools.workspace import Workspace
+
+
+def start_head(
+    workspace: Workspace,
+    start: Path | None,
+    config: HeadStart,
+    run: RunSettings,
+    folder: Path,
+    console: Console,
+    *,
+    seed: int,
+) -> None:
+    """Fit a head over the states of the LLM as it starts; it and its item states go to `folder`.
+
+    `start` is the adapter or model that an earlier run left, None for the settings' LLM. States are
+    kept in `states` beside the folder, where a fit that was cut off goes on.
+    """
+    own = settings = workspace.settings
+    if start is not None:
+        adapter = (start / ADAPTER_CONFIG).is_file()
+        change = {"adapter": start} if adapter else {"model": str(start)}
+        own = settings.model_copy(update=change)
+    backbone = Backbone.load(tuned_model(own), dtype=settings.engine.dtype)
+    data, catalog = workspace.data, workspace.catalog
+    reader = reader_of(workspace, backbone, run)
+    users, targets, owners = states_of(
+        readings_of(reader, config, seed=seed),
+        backbone,
+        folder.parent / "states",
+        progress=lambda done, total: console.print(f"  readings {done} of {total}", style="dim"),
+    )
+    weights = weights_fingerprint(settings.model_name, start)
+    states = ItemStates.read(folder, weights)
+    now = catalog.snapshot
+    sequences = catalog_readings(now, backbone)
+    items = states.of(sequences, backbone)[[now.index[item.id] for item in data.items]]
+    head = RecommendationHead(backbone.dim)
+    rows = fit_head(head, users, targets, owners, items, seed=seed)
+    write_json(folder / "log.json", rows)
+    best = min(rows, key=lambda row: row["valid_loss"])
+    console.print(
+        f"head: ridge {best['ridge']:g}, held-out loss {best['valid_loss']:.3f}, NDCG@10 "
+        f"{best['ndcg@10']:.3f} (the past not left out)"
+    )
+    states.save(folder)
+    keep_run_settings(run, folder)
+    save_head(folder, head, _card(workspace, run, sequences, weights, head))
+
+
+def reader_of(workspace: Workspace, backbone: Backbone, run: RunSettings) -> Reader:
+    """What makes readings of a workspace's training part."""
+    return Reader(
+        workspace.data,
+        workspace.split,
+        workspace.catalog,
+        backbone.tokenizer,
+        Vocabulary.build(workspace.data.items),
+        run.history_length,
+    )
+
+
+def live_backbone(llm: Any, base: str, *, autocast: bool) -> Backbone:
+    """The body of an LLM that is trained, with or without an adapter."""
+    inner = llm.get_base_model() if hasattr(llm, "get_base_model") else llm
+    body = getattr(inner, inner.base_model_prefix)
+    return Backbone(body, load_tokenizer(base), autocast=autocast)
+
+
+def leave_head(
+    workspace: Workspace,
+    run: RunSettings,
+    llm: Any,
+    backbone: Backbone,
+    head: RecommendationHead,
+    readings: Sequence[Sequence[int]],
+    final: Path,
+) -> HeadCard:
+    """Write a trained LLM or adapter, its head with a card, and the run's settings.
+
+    `readings` are those of the items that the head was trained with.
+    """
+    base = workspace.settings.model_name
+    llm.save_pretrained(str(final))
+    if (final / ADAPTER_CONFIG).is_file():
+        keep_base(base, final)
+    else:
+        backbone.tokenizer.save_pretrained(str(final))
+    keep_run_settings(run, final)
+    card = _card(workspace, run, readings, weights_fingerprint(base, final), head)
+    save_head(final, head, card)
+    return card
+
+
+def _card(
+    workspace: Workspace,
+    run: RunSettings,
+    readings: Sequence[Sequence[int]],
+    weights: str,
+    head: RecommendationHead,
+) -> HeadCard:
+    return HeadCard(
+        base=Path(workspace.settings.model_name).name,
+        dim=head.dim,
+        readings=VERSION,
+        dataset=workspace.data.fingerprint,
+        weights=weights,
+        history_length=run.history_length,
+        thought_tokens=run.thought_tokens,
+        trained_items=tuple(content_key(reading) for reading in readings),
+    )
