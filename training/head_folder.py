@@ -15,13 +15,14 @@ from ..graph.r2ec.head import HeadCard, RecommendationHead, save_head, weights_f
 from ..graph.r2ec.items import ItemStates, catalog_readings, content_key
 from ..graph.r2ec.readings import VERSION
 from ..tools.trm.vocabulary import Vocabulary
-from .head_start import HeadStart, Reader, fit_head, readings_of, states_of
+from .head_start import HeadStart, Reader, fit_head, follow, readings_of, states_of
 from .policy import keep_run_settings
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from ..graph.state import RunSettings
+    from ..settings import Settings
     from ..tools.workspace import Workspace
 
 
@@ -40,12 +41,8 @@ def start_head(
     `start` is the adapter or model that an earlier run left, None for the settings' LLM. States are
     kept in `states` beside the folder, where a fit that was cut off goes on.
     """
-    own = settings = workspace.settings
-    if start is not None:
-        adapter = (start / ADAPTER_CONFIG).is_file()
-        change = {"adapter": start} if adapter else {"model": str(start)}
-        own = settings.model_copy(update=change)
-    backbone = Backbone.load(tuned_model(own), dtype=settings.engine.dtype)
+    settings = workspace.settings
+    backbone = _served(settings, start)
     data, catalog = workspace.data, workspace.catalog
     reader = reader_of(workspace, backbone, run)
     users, targets, owners = states_of(
@@ -97,12 +94,12 @@ def leave_head(
     llm: Any,
     backbone: Backbone,
     head: RecommendationHead,
-    readings: Sequence[Sequence[int]],
     final: Path,
 ) -> HeadCard:
-    """Write a trained LLM or adapter, its head with a card, and the run's settings.
+    """Write a trained LLM or adapter, its head with a card and item states, and the run's settings.
 
-    `readings` are those of the items that the head was trained with.
+    What is served computes in other steps than what was trained, and the items' projection makes
+    much of little: it follows the states that will be served.
     """
     base = workspace.settings.model_name
     llm.save_pretrained(str(final))
@@ -111,9 +108,22 @@ def leave_head(
     else:
         backbone.tokenizer.save_pretrained(str(final))
     keep_run_settings(run, final)
+    readings = catalog_readings(workspace.catalog.snapshot, backbone)
     card = _card(workspace, run, readings, weights_fingerprint(base, final), head)
+    states = ItemStates(card.weights)
+    follow(head, backbone.states(readings), states.of(readings, _served(workspace.settings, final)))
+    states.save(final)
     save_head(final, head, card)
     return card
+
+
+def _served(settings: Settings, folder: Path | None) -> Backbone:
+    """The LLM as it is served: the settings' own, or what an earlier run left in `folder`."""
+    if folder is not None:
+        adapter = (folder / ADAPTER_CONFIG).is_file()
+        change = {"adapter": folder} if adapter else {"model": str(folder)}
+        settings = settings.model_copy(update=change)
+    return Backbone.load(tuned_model(settings), dtype=settings.engine.dtype)
 
 
 def _card(

@@ -42,6 +42,7 @@ _HELD_OUT = 0.1  # share of the users by whom ridge and scale are chosen
 _RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)  # of the mean variance of a user's state
 _SCALES = (1.0, 2.0, 3.0, 5.0, 8.0, 12.0, 20.0, 30.0)
 _SHRINK = 0.01  # of the items' mean variance, added before whitening
+_FOLLOW = 0.001  # ridge of `follow`, of the items' mean variance
 
 
 class HeadStart(BaseModel):
@@ -213,7 +214,34 @@ def fit_head(
     _regress(head, users, wanted[targets], best["ridge"])
     with torch.no_grad():
         head.log_scale.fill_(math.log(best["scale"]))
+        # Scores don't change with its length, but how far a step of training turns it does. It is
+        # made as long as the untrained one; the items' is long, and what whitens is better left.
+        longer = math.sqrt(head.dim) / head.user.weight.norm()
+        head.user.weight *= longer
+        head.user.bias *= longer
     return rows
+
+
+@torch.no_grad()
+def follow(head: RecommendationHead, before: Tensor, after: Tensor) -> float:
+    """Refit the items' projection so that items keep their vectors though their states moved.
+
+    Whitening makes much of what varies little, so that a small move of all states would throw all
+    vectors one way. What the projection made of the states `before` [items, dim] is regressed onto
+    those `after`, drawn by a ridge to the weights that it has. Gives the items' mean cosine of old
+    and new vectors.
+    """
+    wanted = head.items(before)
+    missing = head.item(before) - head.item(after)
+    mean, aim = after.mean(dim=0), missing.mean(dim=0)
+    centred = (after - mean).double()
+    covariance = centred.T @ centred / len(after)
+    covariance += _FOLLOW * covariance.diagonal().mean() * torch.eye(len(covariance)).double()
+    change = torch.linalg.solve(covariance, centred.T @ (missing - aim).double() / len(after))
+    weight = change.T.float()
+    head.item.weight += weight
+    head.item.bias += aim - weight @ mean
+    return float((wanted * head.items(after)).sum(dim=1).mean())
 
 
 @torch.no_grad()

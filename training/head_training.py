@@ -3,6 +3,7 @@
 Each line of a history is to predict the next one, and a reading's end the item that came after it,
 by cross-entropy over the whole catalog; the thought of a reading is learnt as text. One pass over a
 reading of twenty lines trains twenty predictions, where a run of RecPO has one reward.
+Items' states get no gradient: they are read anew every few steps, and the projection follows them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import count, islice
 from pathlib import Path
 from statistics import mean
@@ -26,10 +28,9 @@ from torch.nn import functional
 from ..configuration import write_json
 from ..errors import SettingsError
 from ..graph.r2ec.backbone import batches
-from .head_start import Reader, Reading
+from .head_start import Reader, Reading, follow
 from .one_file import load_trained, save_trained
 from .recpo import ndcg, outcome
-from .recpo_update import last_states
 
 if TYPE_CHECKING:
     from ..graph.r2ec.backbone import Backbone
@@ -48,14 +49,12 @@ class HeadLearning(BaseModel):
     steps: int = Field(ge=1)
     readings_per_step: int = Field(16, ge=1)
     tokens_per_pass: int = Field(2560, ge=256)  # padding included
-    # Targets of a step whose items are read with gradient; the others' states are kept ones.
-    fresh_items: int = Field(16, ge=1)
-    refresh_every: int = Field(16, ge=1)  # steps after which all items are read anew
+    refresh_every: int = Field(10, ge=1)  # steps after which all items are read anew
     thoughts: float = Field(0.5, ge=0, le=1)  # share of the readings with a thought
     thought_weight: float = Field(0.1, ge=0)  # of the thoughts' cross-entropy
     left_per_user: int = Field(2, ge=0)  # latest interactions that are left for training by reward
     learning_rate: float = Field(2e-4, gt=0)
-    head_learning_rate: float = Field(1e-3, gt=0)
+    head_learning_rate: float = Field(5e-4, gt=0)  # of the users' projection and the scale
     warmup: float = Field(0.05, ge=0, lt=1)  # share of the steps in which rates rise
     max_grad_norm: float = Field(1.0, gt=0)
     valid_users: int = Field(200, ge=1)  # whose validation items are looked for
@@ -130,9 +129,12 @@ class HeadTrainer:
             **{f"llm.{name}": p for name, p in llm.named_parameters() if p.requires_grad},
             **{f"head.{name}": p for name, p in head.named_parameters()},
         }
+        # It whitens, and steps that it takes throw all vectors one way: it only follows the states.
+        head.item.requires_grad_(False)
         self._rates = (config.learning_rate, config.head_learning_rate)
+        learnt = {name: p for name, p in self._trained.items() if p.requires_grad}
         self._optimizer = torch.optim.AdamW([
-            {"params": [p for name, p in self._trained.items() if name.startswith(part)]}
+            {"params": [p for name, p in learnt.items() if name.startswith(part)]}
             for part in ("llm.", "head.")
         ])  # fmt: skip
         self.log: list[dict[str, float]] = []
@@ -150,17 +152,20 @@ class HeadTrainer:
             window=self._reader.history_length,
             seed=self._seed,
         )
+        with self._reading():
+            self._states = self._backbone.states(self._items)
         for step, places in enumerate(islice(plan, done, config.steps), done):
-            # After each save too, so that a run that goes on there has the same states.
-            if step % config.refresh_every == 0 or step % config.save_every == 0:
-                self._refresh()
             row = self._step(step, places)
-            if (step + 1) % config.valid_every == 0 or step + 1 == config.steps:
-                self._refresh()
+            last = step + 1 == config.steps
+            saves = last or (step + 1) % config.save_every == 0
+            # Before each save, so that a run that goes on there has the same states.
+            if saves or (step + 1) % config.refresh_every == 0:
+                row["items/kept"] = self._refresh()
+            if last or (step + 1) % config.valid_every == 0:
                 row |= self._validate()
             self.log.append(row)
             report(row)
-            if (step + 1) % config.save_every == 0 or step + 1 == config.steps:
+            if saves:
                 self._save(step + 1)
 
     def _step(self, step: int, places: Sequence[tuple[int, int]]) -> dict[str, float]:
@@ -175,15 +180,7 @@ class HeadTrainer:
             group["lr"] = rate * self._factor(step)
         self._optimizer.zero_grad()
         self._llm.train()
-        asked = sorted({item for reading in readings for item in reading.targets})
-        fresh = rng.permutation(asked)[: config.fresh_items].tolist()
-        # Items are read once; each pass's gradient reaches their states, and the LLM at the end.
-        states = last_states(self._backbone, [self._items[item] for item in fresh])
-        leaves = states.detach().requires_grad_()
-        losses = [
-            self._backward(batch, readings, fresh, leaves) for batch in self._batches(readings)
-        ]
-        states.backward(leaves.grad)  # type: ignore[no-untyped-call]
+        losses = [self._backward(batch, readings) for batch in self._batches(readings)]
         norms = [
             float(nn.utils.clip_grad_norm_(group["params"], config.max_grad_norm))
             for group in self._optimizer.param_groups
@@ -208,11 +205,7 @@ class HeadTrainer:
         }
 
     def _backward(
-        self,
-        batch: Sequence[int],
-        readings: Sequence[Reading],
-        fresh: Sequence[int],
-        leaves: Tensor,
+        self, batch: Sequence[int], readings: Sequence[Reading]
     ) -> tuple[float, float, float]:
         """Add the gradient of some readings; gives their parts of the step's three losses."""
         lines = sum(len(reading.places) - 1 for reading in readings)
@@ -223,7 +216,9 @@ class HeadTrainer:
         places = torch.tensor([place for one in some for place in one.places])
         targets = torch.tensor([item for one in some for item in one.targets])
         is_end = torch.tensor([at == len(one.ids) - 1 for one in some for at in one.places])
-        vectors = self._head.items(self._states.index_copy(0, torch.tensor(fresh), leaves))
+        # All states are of one moment. Were a step's targets read with gradient and the others not,
+        # what they moved by since would tell them from all others: an LLM learns that at once.
+        vectors = self._head.items(self._states)
         scores = self._head.users(hidden[rows, places].float().cpu()) @ vectors.T
         wrong = functional.cross_entropy(scores, targets, reduction="none")
         line = wrong[~is_end].sum() / max(1, lines)
@@ -256,10 +251,18 @@ class HeadTrainer:
         way = (step - risen) / max(1.0, self._config.steps - risen)
         return _LAST_RATE + (1 - _LAST_RATE) * (1 + math.cos(math.pi * way)) / 2
 
-    def _refresh(self) -> None:
-        # Compiled layers would be compiled once more for passes without gradient.
-        with torch.compiler.set_stance("force_eager"):
+    def _refresh(self) -> float:
+        """Read all items anew; gives how much of their vectors is left (head_start.follow)."""
+        before = self._states
+        with self._reading():
             self._states = self._backbone.states(self._items)
+        return follow(self._head, before, self._states)
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        # Compiled layers would be compiled once more for passes without gradient.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            yield
 
     def _validate(self) -> dict[str, float]:
         """NDCG@10 of validation items by readings without a thought, the past left out."""
@@ -267,7 +270,7 @@ class HeadTrainer:
         users = np.flatnonzero(split.valid >= 0)
         drawn = np.random.default_rng([self._seed, 31]).permutation(users)
         told = []
-        with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
+        with self._reading():
             vectors = self._head.items(self._states)
             for user in drawn[: self._config.valid_users].tolist():
                 history = split.valid_history(user).tolist()

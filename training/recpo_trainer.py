@@ -24,6 +24,7 @@ from ..graph.engine.base import LoopThread
 from ..graph.r2ec.readings import user_ids
 from ..graph.resources import listed_item
 from ..graph.state import OUTAGES
+from .head_start import follow
 from .one_file import load_trained, save_trained
 from .policy import plain_weights
 from .recpo import (
@@ -138,7 +139,7 @@ class RecPOTrainer:
                 row = self._step(step, first=step == done)
                 self.log.append(row)
                 report(row)
-                if (step + 1) % self._save_every == 0 or step + 1 == steps:
+                if self._saves(step) or step + 1 == steps:
                     self._save(step + 1)
         finally:
             self._loop.close()
@@ -147,8 +148,7 @@ class RecPOTrainer:
         began = time.perf_counter()
         self._load_weights(plain_weights(self._llm))
         # At the very start the states that came with the head are those of the LLM as it is.
-        known = step == 0 and len(self._ranker.states) > 0
-        if not known and (first or step % self._refresh_every == 0):
+        if first and not (step == 0 and len(self._ranker.states) > 0):
             self._ranker.refresh(f"step {step}")
         else:
             self._ranker.project_anew()
@@ -181,6 +181,8 @@ class RecPOTrainer:
         groups, fresh, kept = self._groups(told, learnt, step)
         for _ in range(self._updates):
             found = self._update(groups, fresh, kept)
+        if (step + 1) % self._refresh_every == 0 or self._saves(step):
+            found["items/kept"] = self._refresh(f"step {step + 1}")
         ended = time.perf_counter()
         return {
             "step": step,
@@ -303,6 +305,17 @@ class RecPOTrainer:
             "clipped_tokens": mean(found.clipped_tokens or [0.0]),
             "engine_gap/mean": mean(found.gap or [0.0]),
         }
+
+    def _saves(self, step: int) -> bool:
+        return (step + 1) % self._save_every == 0
+
+    def _refresh(self, fingerprint: str) -> float:
+        """Read all items anew; gives how much of their vectors is left (head_start.follow)."""
+        ranker = self._ranker
+        readings = ranker.table().readings
+        before = ranker.states.of(readings, ranker.backbone)
+        ranker.refresh(fingerprint)
+        return follow(ranker.head, before, ranker.states.of(readings, ranker.backbone))
 
     def _save(self, step: int) -> None:
         said = {"step": str(step), "log": json.dumps(self.log)}

@@ -22,7 +22,7 @@ from deeprec.configuration import RunArguments, keep_config, keep_origin, write_
 from deeprec.graph.engine.adapter import weights_digest
 from deeprec.graph.engine.limits import check_model_folder
 from deeprec.graph.r2ec.head import load_head, read_card
-from deeprec.graph.r2ec.items import ItemStates, catalog_readings
+from deeprec.graph.r2ec.items import catalog_readings
 from deeprec.graph.state import RunSettings
 from deeprec.settings import load_settings
 from deeprec.terminal import tells_errors
@@ -118,10 +118,7 @@ def run(config: HeadRun, console: Console) -> Path:
         seed=config.seed,
     )
     trainer.train(lambda row: _tell(row, console))
-    card = leave_head(workspace, config.run, llm, backbone, head, readings, final)
-    states = ItemStates(card.weights)
-    states.of(readings, backbone)
-    states.save(final)
+    card = leave_head(workspace, config.run, llm, backbone, head, final)
     first, last = trainer.log[0], trainer.log[-1]
     write_text(
         final / "README.md",

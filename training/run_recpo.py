@@ -90,7 +90,9 @@ class RecPORun(BaseModel):
     learning_rate: float = Field(1e-5, gt=0)
     head_learning_rate: float = Field(1e-4, gt=0)
     max_grad_norm: float = Field(1.0, gt=0)
-    refresh_every: int = Field(8, ge=1)  # steps after which all items are read anew
+    # Steps after which all items are read anew. Negatives are of the latest reading, and the steps'
+    # targets of the weights as they are: what lies between tells them apart.
+    refresh_every: int = Field(1, ge=1)
     save_every: int = Field(2, ge=1)
     # The control run: targets go to other users, so that it learns what is popular, not for whom.
     shuffle_rewards: bool = False
@@ -256,8 +258,7 @@ def _leave(
     console: Console,
 ) -> None:
     """Write the LLM, its head, its settings and a card."""
-    backbone, readings = ranker.backbone, ranker.table().readings
-    card = leave_head(workspace, config.run, llm, backbone, ranker.head, readings, final)
+    card = leave_head(workspace, config.run, llm, ranker.backbone, ranker.head, final)
     rows = [(name, found) for name in FIGURES if (found := quarters(log, name))]
     for name, (first, last) in rows:
         console.print(f"  {name:<20} first quarter {first:.4f}, last quarter {last:.4f}")

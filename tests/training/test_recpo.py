@@ -343,4 +343,5 @@ def test_a_head_start_reads_each_line_and_learns(
     with torch.no_grad():
         scores = head.users(users) @ head.items(items).T
     assert float(head.log_scale.detach().exp()) == pytest.approx(best["scale"])
+    assert float(head.user.weight.detach().norm()) == pytest.approx(math.sqrt(live.dim), rel=1e-4)
     assert (scores.argmax(dim=1) == targets).float().mean() > 0.3
