@@ -226,7 +226,8 @@ def test_a_run_goes_on_after_a_kill(
 
 def test_it_learns(here: None, tmp_path: Path) -> None:
     learning = {
-        "steps": 150, "readings_per_step": 8, "learning_rate": 0.001, "head_learning_rate": 0.003, "valid_every": 150,
+        "steps": 150, "readings_per_step": 8, "learning_rate": 0.001, "head_learning_rate": 0.003,
+        "valid_every": 150,
         "valid_users": 40,
     }  # fmt: skip
     run_head.run(config(tmp_path / "run", learning=learning), Console(quiet=True))
