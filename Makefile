@@ -58,6 +58,7 @@ train-smoke: $(VENV)/.installed-dev ## after make demo: a short run of GRPO from
 EVALUATED := recbole baselines untuned warm_start variants stages r2ec
 
 table: $(VENV)/.installed-dev .venv-recbole/.installed ## after make demo: the evaluations that the README tells, its table with them; hours, goes on after a kill
+	$(BIN)/python training/run_head.py --config training/configs/head_ml100k.yaml
 	$(BIN)/python training/run_recpo.py --config training/configs/recpo_cpu_ml100k.yaml
 	for name in $(EVALUATED); do $(BIN)/deeprec eval --config evals/configs/$${name}_ml100k.yaml || exit 1; done
 	$(BIN)/deeprec eval-table $(EVALUATED:%=runs/eval_%_ml100k) --into README.md
