@@ -92,8 +92,8 @@ def read_card(folder: Path) -> HeadCard:
         card = HeadCard.model_validate_json(path.read_bytes())
     except OSError as error:
         raise HeadError(
-            f"{folder} holds no recommendation head: {error}. Train one with "
-            "training/run_recpo.py, and give the `final` folder of that run."
+            f"{folder} holds no recommendation head: {error}. Train one with training/run_head.py "
+            "or training/run_recpo.py, and give the `final` folder of that run."
         ) from error
     except ValidationError as error:
         raise HeadError(
