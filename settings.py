@@ -85,7 +85,7 @@ class Settings(BaseSettings):
     model: str | None = None
     # Folder of a LoRA adapter of that LLM; none: the LLM as it is.
     adapter: Path | None = None
-    # Folder of a recommendation head (training/run_recpo.py), for R2ec and for rank: head.
+    # Folder of a recommendation head (training/run_head.py), for R2ec and for rank: head.
     head: Path | None = None
     # Hub name or folder of the sentence encoder; none: the demo's all-MiniLM-L6-v2.
     encoder: str | None = None

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from ..configuration import write_json
 from ..graph.app import tuned_model
 from ..graph.engine.adapter import ADAPTER_CONFIG, keep_base
@@ -111,7 +113,10 @@ def leave_head(
     readings = catalog_readings(workspace.catalog.snapshot, backbone)
     card = _card(workspace, run, readings, weights_fingerprint(base, final), head)
     states = ItemStates(card.weights)
-    follow(head, backbone.states(readings), states.of(readings, _served(workspace.settings, final)))
+    # Layers that were compiled are not compiled once more for this.
+    with torch.compiler.set_stance("force_eager"):
+        before = backbone.states(readings)
+    follow(head, before, states.of(readings, _served(workspace.settings, final)))
     states.save(final)
     save_head(final, head, card)
     return card

@@ -1,10 +1,10 @@
 """A start for the recommendation head: projections fitted over states of the LLM as it is.
 
 The source trains both heads by reward at once. A head over raw states has nothing to be rewarded
-for, and on two cores an LLM can't be trained from there; so the two projections are fitted first,
-supervised and in closed form. The LLM isn't changed: its states are computed once, and the fit
-takes seconds. Each reading of a user gives a state at its end, which is to predict the target, and
-one at the end of each line of the history, which is to predict the next line.
+for; so the two projections are fitted first, supervised and in closed form. The LLM isn't changed:
+its states are computed once, and the fit takes seconds. Each reading of a user gives a state at its
+end, which is to predict the target, and one at the end of each line of the history, which is to
+predict the next line.
 """
 
 from __future__ import annotations
@@ -90,9 +90,9 @@ class Reader:
             said = f"This user seems to like {preference}." if preference else ""
         return self._reading(user, sequence[max(0, at - self.history_length) : at + 1], said)
 
-    def ids_of(self, history: Sequence[int], thought: str = "") -> list[int]:
-        """Token ids of a reading of these items."""
-        return user_ids(self._listed(history), thought, self.tokenizer)
+    def ids_of(self, history: Sequence[int]) -> list[int]:
+        """Token ids of a reading of these items, without a thought."""
+        return user_ids(self._listed(history), "", self.tokenizer)
 
     def _listed(self, history: Sequence[int]) -> list[protocol.ListedItem]:
         return [listed_item(self.catalog, self.data.items[item].id) for item in history]

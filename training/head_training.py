@@ -28,7 +28,7 @@ from torch.nn import functional
 from ..configuration import write_json
 from ..errors import SettingsError
 from ..graph.r2ec.backbone import batches
-from .head_start import Reader, Reading, follow
+from .head_start import HeadStart, Reader, Reading, follow
 from .one_file import load_trained, save_trained
 from .recpo import ndcg, outcome
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from ..graph.r2ec.head import RecommendationHead
 
 CHECKPOINT, LOG = "checkpoint.safetensors", "log.json"
+_DECAY = 0.01
 _LAST_RATE = 0.1  # of the learning rates, at the last step
 _SHOWN_AT = 10  # places of the NDCG that is logged
 
@@ -50,9 +51,7 @@ class HeadLearning(BaseModel):
     readings_per_step: int = Field(16, ge=1)
     tokens_per_pass: int = Field(2560, ge=256)  # padding included
     refresh_every: int = Field(10, ge=1)  # steps after which all items are read anew
-    thoughts: float = Field(0.5, ge=0, le=1)  # share of the readings with a thought
     thought_weight: float = Field(0.1, ge=0)  # of the thoughts' cross-entropy
-    left_per_user: int = Field(2, ge=0)  # latest interactions that are left for training by reward
     learning_rate: float = Field(2e-4, gt=0)
     head_learning_rate: float = Field(5e-4, gt=0)  # of the users' projection and the scale
     warmup: float = Field(0.05, ge=0, lt=1)  # share of the steps in which rates rise
@@ -63,26 +62,26 @@ class HeadLearning(BaseModel):
 
 
 def places_by_step(
-    sequences: Sequence[NDArray[np.int32]], config: HeadLearning, *, window: int, seed: int
+    sequences: Sequence[NDArray[np.int32]], *, size: int, left: int, window: int, seed: int
 ) -> Iterator[list[tuple[int, int]]]:
     """User and position of each reading of a step, endlessly; the same for a seed.
 
     In a pass over the users a position is the target of one prediction at most: readings of
-    `window` items follow each other, from an end that is drawn for each user. What fills no step at
-    the end of a pass is left out.
+    `window` items follow each other, from an end that is drawn for each user; each user's latest
+    `left` interactions are no targets. What fills no step of `size` at the end of a pass is left
+    out. Raises SettingsError where a pass fills none.
     """
     for epoch in count():
         rng = np.random.default_rng([seed, 23, epoch])
         found = []
         for user, sequence in enumerate(sequences):
-            last = len(sequence) - config.left_per_user - 1
+            last = len(sequence) - left - 1
             at = max(last - int(rng.integers(window)), min(1, last))
             found += [(user, place) for place in range(at, 0, -window)]
-        size = config.readings_per_step
         if len(found) < size:
             raise SettingsError(
                 f"the training part gives {len(found)} readings, fewer than a step's {size}: lower "
-                "readings_per_step or left_per_user"
+                "learning.readings_per_step or head_start.left_per_user"
             )
         order = rng.permutation(len(found))
         for start in range(0, len(found) - size + 1, size):
@@ -98,6 +97,7 @@ class HeadTrainer:
         head: fitted or not; trained in place.
         items: token ids of each item's reading, in the order of the data set.
         reader: makes readings.
+        start: of how the head was fitted; as many readings have thoughts, and as much is left.
         config: of the training.
         folder: of the run; checkpoint and log.
         seed: of what is read when.
@@ -112,6 +112,7 @@ class HeadTrainer:
         head: RecommendationHead,
         items: Sequence[Sequence[int]],
         reader: Reader,
+        start: HeadStart,
         config: HeadLearning,
         folder: Path,
         seed: int,
@@ -121,6 +122,7 @@ class HeadTrainer:
         self._head = head
         self._items = items
         self._reader = reader
+        self._start = start
         self._config = config
         self._folder = folder
         self._seed = seed
@@ -133,10 +135,13 @@ class HeadTrainer:
         head.item.requires_grad_(False)
         self._rates = (config.learning_rate, config.head_learning_rate)
         learnt = {name: p for name, p in self._trained.items() if p.requires_grad}
-        self._optimizer = torch.optim.AdamW([
-            {"params": [p for name, p in learnt.items() if name.startswith(part)]}
-            for part in ("llm.", "head.")
-        ])  # fmt: skip
+        self._optimizer = torch.optim.AdamW(
+            [
+                {"params": [p for name, p in learnt.items() if name.startswith(part)]}
+                for part in ("llm.", "head.")
+            ],
+            weight_decay=_DECAY,
+        )
         self.log: list[dict[str, float]] = []
 
     def train(self, report: Callable[[dict[str, float]], None]) -> None:
@@ -148,7 +153,8 @@ class HeadTrainer:
             self.log, done = json.loads(said["log"]), int(said["step"])
         plan = places_by_step(
             self._reader.split.train,
-            config,
+            size=config.readings_per_step,
+            left=self._start.left_per_user,
             window=self._reader.history_length,
             seed=self._seed,
         )
@@ -173,12 +179,13 @@ class HeadTrainer:
         config = self._config
         rng = np.random.default_rng([self._seed, 29, step])
         readings = [
-            self._reader.read(user, at, thought=rng.random() < config.thoughts)
+            self._reader.read(user, at, thought=rng.random() < self._start.thoughts)
             for user, at in places
         ]
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * self._factor(step)
         self._optimizer.zero_grad()
+        torch.manual_seed(self._seed + step)  # an adapter's dropout, as after a kill
         self._llm.train()
         losses = [self._backward(batch, readings) for batch in self._batches(readings)]
         norms = [

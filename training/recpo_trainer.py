@@ -117,9 +117,10 @@ class RecPOTrainer:
             **{f"llm.{name}": p for name, p in llm.named_parameters() if p.requires_grad},
             **{f"head.{name}": p for name, p in ranker.head.named_parameters()},
         }
+        ranker.head.item.requires_grad_(False)  # it follows the states: head_start.follow
+        learnt = {name: p for name, p in self._trained.items() if p.requires_grad}
         of_llm, of_head = (
-            [p for name, p in self._trained.items() if name.startswith(part)]
-            for part in ("llm.", "head.")
+            [p for name, p in learnt.items() if name.startswith(part)] for part in ("llm.", "head.")
         )
         self._optimizer = torch.optim.AdamW(
             [
@@ -136,10 +137,14 @@ class RecPOTrainer:
         done = self._resume()
         try:
             for step in range(done, steps):
+                saves = (step + 1) % self._save_every == 0 or step + 1 == steps
                 row = self._step(step, first=step == done)
+                # Before each save too, so that a run that goes on there has the same states.
+                if saves or (step + 1) % self._refresh_every == 0:
+                    row["items/kept"] = self._refresh(f"step {step + 1}")
                 self.log.append(row)
                 report(row)
-                if self._saves(step) or step + 1 == steps:
+                if saves:
                     self._save(step + 1)
         finally:
             self._loop.close()
@@ -147,11 +152,12 @@ class RecPOTrainer:
     def _step(self, step: int, *, first: bool) -> dict[str, float]:
         began = time.perf_counter()
         self._load_weights(plain_weights(self._llm))
-        # At the very start the states that came with the head are those of the LLM as it is.
-        if first and not (step == 0 and len(self._ranker.states) > 0):
-            self._ranker.refresh(f"step {step}")
-        else:
-            self._ranker.project_anew()
+        self._ranker.project_anew()
+        if first and step == 0 and len(self._ranker.states) > 0:
+            # What came with the head are states as they are served, which are computed otherwise.
+            self._refresh("start")
+        elif first:
+            self._ranker.refresh("start")
         self._ranker.table()
         synced = time.perf_counter()
         prompts = self._plan.prompts[step * self._users : (step + 1) * self._users]
@@ -181,8 +187,6 @@ class RecPOTrainer:
         groups, fresh, kept = self._groups(told, learnt, step)
         for _ in range(self._updates):
             found = self._update(groups, fresh, kept)
-        if (step + 1) % self._refresh_every == 0 or self._saves(step):
-            found["items/kept"] = self._refresh(f"step {step + 1}")
         ended = time.perf_counter()
         return {
             "step": step,
@@ -305,9 +309,6 @@ class RecPOTrainer:
             "clipped_tokens": mean(found.clipped_tokens or [0.0]),
             "engine_gap/mean": mean(found.gap or [0.0]),
         }
-
-    def _saves(self, step: int) -> bool:
-        return (step + 1) % self._save_every == 0
 
     def _refresh(self, fingerprint: str) -> float:
         """Read all items anew; gives how much of their vectors is left (head_start.follow)."""

@@ -48,12 +48,13 @@ class HeadRun(BaseModel):
     seed: int = 0
     head_start: HeadStart = HeadStart(readings=500)
     learning: HeadLearning
-    # Of it history_length, thought_tokens and answers' form count: no run is played.
+    # No run is played: history_length counts, and what is kept for serving.
     run: RunSettings = RunSettings(decoding="free", history_length=20, thought_tokens=32)
     lora: LoRA | None = None  # none: train all weights
     precision: Literal["bfloat16", "float32"] = "bfloat16"  # of products; weights that are trained
     # are float32
-    # Compile each layer: half as long again on a CPU, after two minutes; needs a C++ compiler.
+    # Compile each layer: 1.5 times as many tokens a second on a CPU, after two minutes; needs a C++
+    # compiler.
     compile: bool = False
 
 
@@ -99,8 +100,9 @@ def run(config: HeadRun, console: Console) -> Path:
     llm.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     backbone = live_backbone(llm, base, autocast=config.precision == "bfloat16")
     if config.compile:
-        # A CPU's flash attention has a backward pass in bfloat16 that takes a quarter of a step.
-        llm.set_attn_implementation("eager")
+        if not torch.cuda.is_available():
+            # A CPU's flash attention takes a fifth of a step for its backward pass in bfloat16.
+            llm.set_attn_implementation("eager")
         body: Any = backbone.body
         for layer in body.layers:
             layer.compile()
@@ -113,6 +115,7 @@ def run(config: HeadRun, console: Console) -> Path:
         head=head,
         items=[readings[now.index[item.id]] for item in workspace.data.items],
         reader=reader_of(workspace, backbone, config.run),
+        start=config.head_start,
         config=config.learning,
         folder=config.output,
         seed=config.seed,
@@ -124,8 +127,8 @@ def run(config: HeadRun, console: Console) -> Path:
         final / "README.md",
         f"# {card.base}, taught what comes next ({workspace.data.name})\n\n"
         "A recommendation head and the LLM that it reads: set DEEPREC_HEAD to this folder. "
-        f"{config.learning.steps} steps of cross-entropy; no user's validation or test item was a "
-        "target or in a prompt.\n\n| figure | first step | last step |\n| --- | --- | --- |\n"
+        f"{config.learning.steps} steps of cross-entropy; no user's validation or test interaction "
+        "was a target or in a prompt.\n\n| figure | first step | last step |\n| --- | --- | --- |\n"
         + "".join(
             f"| {name} | {first[name]:.3f} | {last[name]:.3f} |\n"
             for name in ("loss/line", "loss/end", "loss/thought")

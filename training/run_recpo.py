@@ -122,7 +122,7 @@ def run(config: RecPORun, console: Console) -> Path:
     check_model_folder(base)
     if config.start is not None:
         check_start(config.start, config.lora)
-    keep_config(config, config.output, free=frozenset({"save_every", "steps"}))
+    keep_config(config, config.output, free=frozenset({"steps"}))
     workspace = Workspace(settings)
     origin = {"data set": workspace.data.fingerprint, "LLM": weights_digest(base)}
     if config.start is not None:

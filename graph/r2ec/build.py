@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 _loading = threading.Lock()
 _NO_HEAD = (
     "no recommendation head is named: set DEEPREC_HEAD to the `final` folder of a run of "
-    "training/run_recpo.py"
+    "training/run_head.py"
 )
 
 

@@ -172,7 +172,7 @@ class HeadRanker:
     def project_anew(self) -> None:
         """Forget vectors and users: the head has other weights now.
 
-        Item states are kept. Where the LLM was trained too, they are those of a few steps ago.
+        Item states are kept. Where the LLM was trained too, they are those of the last refresh.
         """
         with self._reading:
             self._table = None

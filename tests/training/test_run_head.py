@@ -18,7 +18,7 @@ from deeprec.configuration import load_config
 from deeprec.errors import SettingsError
 from deeprec.graph.engine.tokenizer import load_tokenizer
 from deeprec.graph.r2ec.backbone import Backbone
-from deeprec.graph.r2ec.head import RecommendationHead
+from deeprec.graph.r2ec.head import RecommendationHead, load_head, read_card
 from deeprec.graph.r2ec.items import catalog_readings
 from deeprec.graph.r2ec.ranker import HeadRanker
 from deeprec.settings import load_settings
@@ -29,8 +29,10 @@ from deeprec.tools.workspace import Workspace
 from deeprec.training import run_head, run_recpo
 from deeprec.training.card import quarters
 from deeprec.training.configuration import LoRA
-from deeprec.training.head_start import Reader, _whiten, follow
+from deeprec.training.head_folder import leave_head, live_backbone
+from deeprec.training.head_start import HeadStart, Reader, _whiten, follow
 from deeprec.training.head_training import HeadLearning, HeadTrainer, places_by_step
+from deeprec.training.policy import load_policy
 from deeprec.training.run_head import HeadRun
 
 from .test_run_recpo import CutError, Rambler, here, home
@@ -56,25 +58,23 @@ def config(output: Path, **changes: Any) -> HeadRun:
 
 def test_each_position_is_a_target_once_in_a_pass() -> None:
     sequences = [np.arange(23, dtype=np.int32), np.arange(9, dtype=np.int32)]
-    made = HeadLearning(steps=1, readings_per_step=1, left_per_user=2)
     # 21 and 7 positions that may be targets, in windows of 4: at most 5 and 2 readings a pass.
-    for places in (
-        islice(places_by_step(sequences, made, window=4, seed=seed), 5) for seed in range(9)
-    ):
+    for seed in range(9):
+        places = islice(places_by_step(sequences, size=1, left=2, window=4, seed=seed), 5)
         targets = [
             (user, target) for ((user, at),) in places for target in range(max(1, at - 3), at + 1)
         ]
         assert len(set(targets)) == len(targets)
         assert all(target < len(sequences[user]) - 2 for user, target in targets)
-    passes = places_by_step(sequences, made, window=4, seed=0)
+    passes = places_by_step(sequences, size=1, left=2, window=4, seed=0)
     drawn = {place for (place,) in islice(passes, 100)}
     assert {at for user, at in drawn if user == 0} == set(range(1, 21))
 
 
 def test_a_step_larger_than_a_pass_is_refused() -> None:
-    made = HeadLearning(steps=1, readings_per_step=3, left_per_user=2)
+    two = [np.arange(5, dtype=np.int32)] * 2
     with pytest.raises(SettingsError, match="gives 2 readings"):
-        next(places_by_step([np.arange(5, dtype=np.int32)] * 2, made, window=4, seed=0))
+        next(places_by_step(two, size=3, left=2, window=4, seed=0))
 
 
 @pytest.fixture
@@ -104,6 +104,7 @@ def trainer(reader: Reader, tiny_llm: str, tmp_path: Path) -> HeadTrainer:
         head=RecommendationHead(backbone.dim),
         items=catalog_readings(reader.catalog.snapshot, backbone),
         reader=reader,
+        start=HeadStart(),
         config=HeadLearning(steps=2, readings_per_step=3, thought_weight=0.5, tokens_per_pass=256),
         folder=tmp_path,
         seed=0,
@@ -198,6 +199,33 @@ def test_a_run_leaves_what_is_served_and_what_recpo_starts_from(
     assert not torch.equal(one, other)
 
 
+def test_what_is_left_follows_what_is_served(
+    here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where served weights are rounded: their states lie elsewhere, and vectors stay."""
+    settings = load_settings(workspace="tiny")
+    workspace = Workspace(settings)
+    fitted = run_recpo.run(recpo_config(tmp_path / "fitted", steps=0), Console(quiet=True))
+    llm = load_policy(settings.model_name, None, None)
+    backbone = live_backbone(llm, settings.model_name, autocast=False)
+    head = load_head(fitted, read_card(fitted))
+    readings = catalog_readings(workspace.catalog.snapshot, backbone)
+    with torch.no_grad():
+        trained = head.items(backbone.states(readings))
+    plain = Backbone.states
+
+    def moved(self: Backbone, sequences: Any) -> torch.Tensor:
+        return plain(self, sequences) + (0.0 if self.body is backbone.body else 0.5)
+
+    monkeypatch.setattr(Backbone, "states", moved)
+    run = recpo_config(tmp_path).run
+    leave_head(workspace, run, llm, backbone, head, tmp_path / "final")
+    ranker = HeadRanker.load(settings, tmp_path / "final", workspace.catalog)
+    served = ranker.table().vectors
+    ranker.close()
+    torch.testing.assert_close(served, trained, atol=1e-3, rtol=0)
+
+
 @pytest.mark.parametrize("lora", [None, LoRA(r=2)])
 def test_a_run_goes_on_after_a_kill(
     here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora: LoRA | None
@@ -237,6 +265,16 @@ def test_it_learns(here: None, tmp_path: Path) -> None:
         first, last = quarters(log, name) or (0.0, 0.0)
         assert last < first - gain, name
     assert log[-1]["valid/ndcg@10"] > 0.4  # by chance .11
+
+
+def test_the_command_line_says_what_is_missing(
+    here: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "config.yaml"
+    fields = {"output": str(tmp_path / "run"), "start": "nowhere", "learning": {"steps": 1}}
+    path.write_text(yaml.safe_dump({**fields, "workspace": "tiny"}))
+    assert run_head.main(["--config", str(path)]) == 2
+    assert "start nowhere does not exist" in capsys.readouterr().err
 
 
 def test_the_shipped_configurations_are_sound(tmp_path: Path) -> None:

@@ -190,6 +190,7 @@ def test_a_run_goes_on_after_a_kill(
         one, other = (load_file(folder / name) for folder in (whole, resumed))
         for key, value in one.items():
             torch.testing.assert_close(value, other[key], atol=1e-4, rtol=0, msg=key)
+    assert all(row["items/kept"] > 0.9 for row in log)
     before = load_file(tmp_path / "whole" / "head" / "head.safetensors")
     moved = load_file(whole / "head.safetensors")["user.weight"] - before["user.weight"]
     assert moved.abs().max() > 0.01  # much more than what is forgiven
