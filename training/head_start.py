@@ -217,8 +217,8 @@ def fit_head(
         # Scores don't change with its length, but how far a step of training turns it does. It is
         # made as long as the untrained one; the items' is long, and what whitens is better left.
         longer = math.sqrt(head.dim) / head.user.weight.norm()
-        head.user.weight *= longer
-        head.user.bias *= longer
+        head.user.weight.mul_(longer)
+        head.user.bias.mul_(longer)
     return rows
 
 
@@ -239,8 +239,8 @@ def follow(head: RecommendationHead, before: Tensor, after: Tensor) -> float:
     covariance += _FOLLOW * covariance.diagonal().mean() * torch.eye(len(covariance)).double()
     change = torch.linalg.solve(covariance, centred.T @ (missing - aim).double() / len(after))
     weight = change.T.float()
-    head.item.weight += weight
-    head.item.bias += aim - weight @ mean
+    head.item.weight.add_(weight)
+    head.item.bias.add_(aim - weight @ mean)
     return float((wanted * head.items(after)).sum(dim=1).mean())
 
 
