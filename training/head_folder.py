@@ -104,18 +104,21 @@ def leave_head(
     much of little: it follows the states that will be served.
     """
     base = workspace.settings.model_name
-    llm.save_pretrained(str(final))
-    if (final / ADAPTER_CONFIG).is_file():
-        keep_base(base, final)
-    else:
-        backbone.tokenizer.save_pretrained(str(final))
-    keep_run_settings(run, final)
     readings = catalog_readings(workspace.catalog.snapshot, backbone)
-    card = _card(workspace, run, readings, weights_fingerprint(base, final), head)
-    states = ItemStates(card.weights)
     # Layers that were compiled are not compiled once more for this.
     with torch.compiler.set_stance("force_eager"):
         before = backbone.states(readings)
+    whole = not hasattr(llm, "peft_config")
+    if whole and backbone.autocast:
+        llm.to(torch.bfloat16)  # as it computed; an engine would take float32 for what is meant
+    llm.save_pretrained(str(final))
+    if whole:
+        backbone.tokenizer.save_pretrained(str(final))
+    else:
+        keep_base(base, final)
+    keep_run_settings(run, final)
+    card = _card(workspace, run, readings, weights_fingerprint(base, final), head)
+    states = ItemStates(card.weights)
     follow(head, before, states.of(readings, _served(workspace.settings, final)))
     states.save(final)
     save_head(final, head, card)
