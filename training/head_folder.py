@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 
 from ..configuration import write_json
 from ..graph.app import tuned_model
@@ -114,6 +115,7 @@ def leave_head(
     llm.save_pretrained(str(final))
     if whole:
         backbone.tokenizer.save_pretrained(str(final))
+        _name_weights(final)
     else:
         keep_base(base, final)
     keep_run_settings(run, final)
@@ -123,6 +125,15 @@ def leave_head(
     states.save(final)
     save_head(final, head, card)
     return card
+
+
+def _name_weights(folder: Path) -> None:
+    """Name the LLM's file in an index; without one vLLM takes the head's files for weights too."""
+    index, weights = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if weights.is_file():  # shards have an index already
+        with safe_open(weights, framework="pt") as file:
+            names = dict.fromkeys(file.keys(), weights.name)
+        write_json(index, {"metadata": {}, "weight_map": names})
 
 
 def _served(settings: Settings, folder: Path | None) -> Backbone:

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from deeprec.configuration import load_config
 from deeprec.errors import SettingsError
 from deeprec.graph.engine.tokenizer import load_tokenizer
+from deeprec.graph.engine.vllm_inprocess import VLLMEngine
 from deeprec.graph.r2ec.backbone import Backbone
 from deeprec.graph.r2ec.head import RecommendationHead, load_head, read_card
 from deeprec.graph.r2ec.items import catalog_readings
@@ -192,11 +193,21 @@ def test_a_run_leaves_what_is_served_and_what_recpo_starts_from(
     with torch.no_grad():
         torch.testing.assert_close(kept, ranker.head.items(fresh), atol=1e-4, rtol=0)
     ranker.close()
+    index = json.loads((final / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(load_file(final / "model.safetensors"))
     monkeypatch.setattr(run_recpo, "local_engine", Rambler)
     changes = {"start": final, "head": final, "lora": None, "updates": 1, "steps": 1}
     trained = run_recpo.run(recpo_config(tmp_path / "recpo", **changes), Console(quiet=True))
     one, other = (load_file(at / "head.safetensors")["user.weight"] for at in (final, trained))
     assert not torch.equal(one, other)
+
+
+@pytest.mark.engine
+def test_vllm_takes_no_head_for_weights(here: None, tmp_path: Path) -> None:
+    learning = {"steps": 1, "readings_per_step": 2, "valid_users": 2}
+    final = run_head.run(config(tmp_path / "run", learning=learning), Console(quiet=True))
+    assert (final / "head.safetensors").is_file()
+    VLLMEngine(str(final), max_model_len=512, dtype="float32", kv_cache_gib=1).close()
 
 
 def test_what_is_left_follows_what_is_served(
