@@ -1,55 +1,106 @@
-"""A head's folder: fitted at the start of a run, and left at its end."""
+"""Runs that train a head: what their configurations share, and the folders they start and leave."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict
 from safetensors import safe_open
 
-from ..configuration import write_json
+from ..configuration import keep_config, write_json
 from ..graph.app import tuned_model
 from ..graph.engine.adapter import ADAPTER_CONFIG, keep_base
+from ..graph.engine.limits import check_model_folder
 from ..graph.engine.tokenizer import load_tokenizer
 from ..graph.r2ec.backbone import Backbone
-from ..graph.r2ec.head import HeadCard, RecommendationHead, save_head, weights_fingerprint
+from ..graph.r2ec.head import (
+    HEAD,
+    HeadCard,
+    RecommendationHead,
+    save_head,
+    weights_fingerprint,
+)
 from ..graph.r2ec.items import ItemStates, catalog_readings, content_key
 from ..graph.r2ec.readings import VERSION
+from ..graph.state import RunSettings
+from ..settings import load_settings
 from ..tools.trm.vocabulary import Vocabulary
+from ..tools.workspace import Workspace
+from .configuration import LoRA
 from .head_start import HeadStart, Reader, fit_head, follow, readings_of, states_of
-from .policy import keep_run_settings
+from .policy import check_start, keep_made_of, keep_run_settings, load_policy
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..graph.state import RunSettings
     from ..settings import Settings
-    from ..tools.workspace import Workspace
 
 
-def start_head(
-    workspace: Workspace,
-    start: Path | None,
-    config: HeadStart,
-    run: RunSettings,
-    folder: Path,
-    console: Console,
-    *,
-    seed: int,
-) -> None:
+class HeadedRun(BaseModel):
+    """What the configurations of runs that train a head have in common."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    output: Path  # checkpoint, `head` as it was fitted, and `final` as it was trained
+    workspace: str = "ml-100k"  # a prepared one (`make demo` prepares this)
+    model: str | None = None  # hub name or folder of the LLM; none: the settings' model
+    start: Path | None = None  # adapter or model that an earlier run left
+    seed: int = 0
+    head_start: HeadStart = HeadStart()
+    run: RunSettings = RunSettings()
+    lora: LoRA | None = None  # none: train all weights
+    precision: Literal["bfloat16", "float32"] = "bfloat16"  # of products; weights of the adapter,
+    # of the head, and of the whole LLM without an adapter, are float32
+
+
+def open_run(config: HeadedRun, *, free: frozenset[str] = frozenset()) -> Workspace:
+    """Open a run's workspace, and keep in its folder what it is made of.
+
+    Fields in `free` may change from one start of the run to the next. What is trained starts from
+    `start` alone: an adapter of the environment's is not taken over. Raises SettingsError.
+    """
+    own = {} if config.model is None else {"model": config.model}
+    settings = load_settings(workspace=config.workspace, adapter=None, **own)
+    check_model_folder(settings.model_name)
+    if config.start is not None:
+        check_start(config.start, config.lora)
+    keep_config(config, config.output, free=free)
+    workspace = Workspace(settings)
+    data = workspace.data.fingerprint
+    keep_made_of(data, settings.model_name, config.start, config.output)
+    return workspace
+
+
+def load_llm(config: HeadedRun, workspace: Workspace) -> Any:
+    """Load the LLM that is trained, on a GPU where torch finds one."""
+    torch.manual_seed(config.seed)  # an adapter's first weights are drawn
+    llm = load_policy(
+        workspace.settings.model_name,
+        config.start,
+        config.lora,
+        dtype="auto" if config.lora and config.precision == "bfloat16" else "float32",
+    )
+    llm.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return llm
+
+
+def start_head(config: HeadedRun, workspace: Workspace, folder: Path, console: Console) -> None:
     """Fit a head over the states of the LLM as it starts; it and its item states go to `folder`.
 
-    `start` is the adapter or model that an earlier run left, None for the settings' LLM. States are
-    kept in `states` beside the folder, where a fit that was cut off goes on.
+    One that is there already is left. States are kept in `states` beside the folder, where a fit
+    that was cut off goes on.
     """
-    settings = workspace.settings
+    if (folder / HEAD).exists():
+        return
+    settings, run, start = workspace.settings, config.run, config.start
     backbone = _served(settings, start)
     data, catalog = workspace.data, workspace.catalog
     reader = reader_of(workspace, backbone, run)
     users, targets, owners = states_of(
-        readings_of(reader, config, seed=seed),
+        readings_of(reader, config.head_start, seed=config.seed),
         backbone,
         folder.parent / "states",
         progress=lambda done, total: console.print(f"  readings {done} of {total}", style="dim"),
@@ -60,7 +111,7 @@ def start_head(
     sequences = catalog_readings(now, backbone)
     items = states.of(sequences, backbone)[[now.index[item.id] for item in data.items]]
     head = RecommendationHead(backbone.dim)
-    rows = fit_head(head, users, targets, owners, items, seed=seed)
+    rows = fit_head(head, users, targets, owners, items, seed=config.seed)
     write_json(folder / "log.json", rows)
     best = min(rows, key=lambda row: row["valid_loss"])
     console.print(
@@ -85,7 +136,7 @@ def reader_of(workspace: Workspace, backbone: Backbone, run: RunSettings) -> Rea
 
 
 def live_backbone(llm: Any, base: str, *, autocast: bool) -> Backbone:
-    """The body of an LLM that is trained, with or without an adapter."""
+    """The body of an LLM that is trained, with or without an adapter; `base` has the tokenizer."""
     inner = llm.get_base_model() if hasattr(llm, "get_base_model") else llm
     body = getattr(inner, inner.base_model_prefix)
     return Backbone(body, load_tokenizer(base), autocast=autocast)

@@ -22,14 +22,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from ..configuration import write_json
 from ..errors import SettingsError
 from ..graph.r2ec.backbone import batches
 from .head_start import HeadStart, Reader, Reading, follow
-from .one_file import load_trained, save_trained
+from .optimiser import checked_step, load_trained, optimizer_of, save_trained, trained_of
 from .recpo import ndcg, outcome
 
 if TYPE_CHECKING:
@@ -127,21 +127,9 @@ class HeadTrainer:
         self._folder = folder
         self._seed = seed
         self._states = torch.zeros(0)
-        self._trained = {
-            **{f"llm.{name}": p for name, p in llm.named_parameters() if p.requires_grad},
-            **{f"head.{name}": p for name, p in head.named_parameters()},
-        }
-        # It whitens, and steps that it takes throw all vectors one way: it only follows the states.
-        head.item.requires_grad_(False)
+        self._trained = trained_of(llm, head)
         self._rates = (config.learning_rate, config.head_learning_rate)
-        learnt = {name: p for name, p in self._trained.items() if p.requires_grad}
-        self._optimizer = torch.optim.AdamW(
-            [
-                {"params": [p for name, p in learnt.items() if name.startswith(part)]}
-                for part in ("llm.", "head.")
-            ],
-            weight_decay=_DECAY,
-        )
+        self._optimizer = optimizer_of(self._trained, self._rates, weight_decay=_DECAY)
         self.log: list[dict[str, float]] = []
 
     def train(self, report: Callable[[dict[str, float]], None]) -> None:
@@ -188,16 +176,7 @@ class HeadTrainer:
         torch.manual_seed(self._seed + step)  # an adapter's dropout, as after a kill
         self._llm.train()
         losses = [self._backward(batch, readings) for batch in self._batches(readings)]
-        norms = [
-            float(nn.utils.clip_grad_norm_(group["params"], config.max_grad_norm))
-            for group in self._optimizer.param_groups
-        ]
-        if not all(map(math.isfinite, norms)):
-            raise SettingsError(
-                f"the gradient of step {step} is {norms}: lower learning_rate, or set precision to "
-                "float32"
-            )
-        self._optimizer.step()
+        norms = checked_step(self._optimizer, config.max_grad_norm)
         self._llm.eval()
         lines, ends, thoughts = (sum(column) for column in zip(*losses, strict=True))
         return {
@@ -276,16 +255,18 @@ class HeadTrainer:
         split, reader = self._reader.split, self._reader
         users = np.flatnonzero(split.valid >= 0)
         drawn = np.random.default_rng([self._seed, 31]).permutation(users)
-        told = []
+        some = drawn[: self._config.valid_users].tolist()
+        pasts = [split.valid_history(user).tolist() for user in some]
         with self._reading():
-            vectors = self._head.items(self._states)
-            for user in drawn[: self._config.valid_users].tolist():
-                history = split.valid_history(user).tolist()
-                ids = reader.ids_of(history[-reader.history_length :])
-                scores = (self._head.users(self._backbone.states([ids])) @ vectors.T)[0]
-                target = int(split.valid[user])
-                rank, _ = outcome(scores, target, gone=set(history) - {target})
-                told.append(ndcg(rank, _SHOWN_AT))
+            states = self._backbone.states(
+                [reader.ids_of(past[-reader.history_length :]) for past in pasts]
+            )
+            scores = self._head.users(states) @ self._head.items(self._states).T
+        told = []
+        for user, past, row in zip(some, pasts, scores, strict=True):
+            target = int(split.valid[user])
+            rank, _ = outcome(row, target, gone=set(past) - {target})
+            told.append(ndcg(rank, _SHOWN_AT))
         return {f"valid/ndcg@{_SHOWN_AT}": mean(told)}
 
     def _save(self, step: int) -> None:

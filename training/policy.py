@@ -7,9 +7,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..configuration import write_json
+from ..configuration import keep_origin, write_json
 from ..errors import SettingsError
-from ..graph.engine.adapter import ADAPTER_CONFIG, ADAPTER_WEIGHTS, RUN_SETTINGS
+from ..graph.engine.adapter import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    RUN_SETTINGS,
+    weights_digest,
+)
 from .configuration import LoRA
 
 if TYPE_CHECKING:
@@ -55,6 +60,17 @@ def load_policy(
     if adapter:
         return PeftModel.from_pretrained(model, str(start), is_trainable=True)
     return model if lora is None else get_peft_model(model, lora.config())
+
+
+def keep_made_of(data: str, model: str, start: Path | None, folder: Path) -> None:
+    """Keep in a run's folder which data set (its fingerprint), LLM and start it is made of.
+
+    Raises SettingsError where the run in the folder was made of others.
+    """
+    origin = {"data set": data, "LLM": weights_digest(model)}
+    if start is not None:
+        origin["start"] = weights_digest(str(start))
+    keep_origin(origin, folder)
 
 
 def check_start(start: Path, lora: LoRA | None) -> None:

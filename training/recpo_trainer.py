@@ -7,7 +7,6 @@ moved, every `save_every` steps; a run that was cut off goes on after it with th
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ from ..graph.r2ec.readings import user_ids
 from ..graph.resources import listed_item
 from ..graph.state import OUTAGES
 from .head_start import follow
-from .one_file import load_trained, save_trained
+from .optimiser import checked_step, load_trained, optimizer_of, save_trained, trained_of
 from .policy import plain_weights
 from .recpo import (
     RecPO,
@@ -113,22 +112,8 @@ class RecPOTrainer:
         self._save_every = save_every
         self._seed = seed
         self._shuffle = shuffle_rewards
-        self._trained = {
-            **{f"llm.{name}": p for name, p in llm.named_parameters() if p.requires_grad},
-            **{f"head.{name}": p for name, p in ranker.head.named_parameters()},
-        }
-        ranker.head.item.requires_grad_(False)  # it follows the states: head_start.follow
-        learnt = {name: p for name, p in self._trained.items() if p.requires_grad}
-        of_llm, of_head = (
-            [p for name, p in learnt.items() if name.startswith(part)] for part in ("llm.", "head.")
-        )
-        self._optimizer = torch.optim.AdamW(
-            [
-                {"params": of_llm, "lr": learning_rates[0]},
-                {"params": of_head, "lr": learning_rates[1]},
-            ],
-            weight_decay=0.0,
-        )
+        self._trained = trained_of(llm, ranker.head)
+        self._optimizer = optimizer_of(self._trained, learning_rates, weight_decay=0.0)
         self._loop = LoopThread("deeprec-recpo")
         self.log: list[dict[str, float]] = []
 
@@ -289,17 +274,7 @@ class RecPOTrainer:
             kept,
             self._objective,
         )
-        # Apart: a head's gradient can be a thousand times the LLM's, and would leave it none.
-        norms = [
-            float(nn.utils.clip_grad_norm_(group["params"], self._max_grad_norm))
-            for group in self._optimizer.param_groups
-        ]
-        if not all(map(math.isfinite, norms)):
-            raise SettingsError(
-                f"the gradient of a step is {norms}: lower learning_rate, or set precision to "
-                "float32"
-            )
-        self._optimizer.step()
+        norms = checked_step(self._optimizer, self._max_grad_norm)
         self._llm.eval()
         return {
             "loss/token": found.token_loss,

@@ -22,7 +22,6 @@ from deeprec.configuration import RunArguments, keep_config, keep_origin, write_
 from deeprec.errors import SettingsError
 from deeprec.graph.app import local_engine
 from deeprec.graph.build import build_graph
-from deeprec.graph.engine.adapter import weights_digest
 from deeprec.graph.engine.limits import check_model_folder
 from deeprec.graph.engine.tokenizer import load_tokenizer
 from deeprec.graph.state import RunSettings
@@ -33,6 +32,7 @@ from deeprec.tools.workspace import Workspace
 from deeprec.training.card import FIGURES, leave_results, quarters
 from deeprec.training.configuration import LoRA, add_learning_options, check_options
 from deeprec.training.ground import TARGETS_PER_USER, select_users, training_ground
+from deeprec.training.policy import keep_made_of
 from deeprec.training.rewards import RewardConfig, Rewarder, Rules, Stage
 from deeprec.training.selection import Selection, SelectionConfig
 
@@ -167,10 +167,7 @@ def run(config: GRPORun, console: Console) -> Path:
         raise SettingsError(f"start {config.start} does not exist: train that run first")
     keep_config(config, config.output)
     base = Workspace(settings)
-    origin = {"data set": base.data.fingerprint, "LLM": weights_digest(model)}
-    if config.start is not None:
-        origin["start"] = weights_digest(str(config.start))
-    keep_origin(origin, config.output)
+    keep_made_of(base.data.fingerprint, model, config.start, config.output)
     start = config.start
     left = []
     for stage in config.stages:

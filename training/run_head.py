@@ -13,46 +13,37 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 
-from deeprec.configuration import RunArguments, keep_config, keep_origin, write_json, write_text
-from deeprec.graph.engine.adapter import weights_digest
-from deeprec.graph.engine.limits import check_model_folder
+from deeprec.configuration import RunArguments, write_json, write_text
 from deeprec.graph.r2ec.head import load_head, read_card
 from deeprec.graph.r2ec.items import catalog_readings
 from deeprec.graph.state import RunSettings
-from deeprec.settings import load_settings
 from deeprec.terminal import tells_errors
-from deeprec.tools.workspace import Workspace
-from deeprec.training.configuration import LoRA
-from deeprec.training.head_folder import leave_head, live_backbone, reader_of, start_head
+from deeprec.training.head_folder import (
+    HeadedRun,
+    leave_head,
+    live_backbone,
+    load_llm,
+    open_run,
+    reader_of,
+    start_head,
+)
 from deeprec.training.head_start import HeadStart
 from deeprec.training.head_training import HeadLearning, HeadTrainer
-from deeprec.training.policy import check_start, load_policy
 
 _TOLD_EVERY = 10  # steps
 
 
-class HeadRun(BaseModel):
+class HeadRun(HeadedRun):
     """The configuration file."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    output: Path  # checkpoint, `head` as it was fitted, and `final` as both were trained
-    workspace: str = "ml-100k"  # a prepared one (`make demo` prepares this)
-    model: str | None = None  # hub name or folder of the LLM; none: the settings' model
-    start: Path | None = None  # adapter or model that an earlier run left
-    seed: int = 0
     head_start: HeadStart = HeadStart(readings=500)
     learning: HeadLearning
     # No run is played: history_length counts, and what is kept for serving.
     run: RunSettings = RunSettings(decoding="free", history_length=20, thought_tokens=32)
-    lora: LoRA | None = None  # none: train all weights
-    precision: Literal["bfloat16", "float32"] = "bfloat16"  # of products; weights that are trained
-    # are float32
     # Compile each layer: 1.5 times as many tokens a second on a CPU, after two minutes; needs a C++
     # compiler.
     compile: bool = False
@@ -62,42 +53,16 @@ def run(config: HeadRun, console: Console) -> Path:
     """Fit the head, then train it and the LLM; gives the folder of both."""
     import torch
 
-    own = {} if config.model is None else {"model": config.model}
-    settings = load_settings(workspace=config.workspace, adapter=None, **own)
-    base = settings.model_name
-    check_model_folder(base)
-    if config.start is not None:
-        check_start(config.start, config.lora)
-    keep_config(config, config.output)
-    workspace = Workspace(settings)
-    origin = {"data set": workspace.data.fingerprint, "LLM": weights_digest(base)}
-    if config.start is not None:
-        origin["start"] = weights_digest(str(config.start))
-    keep_origin(origin, config.output)
+    workspace = open_run(config)
     final = config.output / "final"
     if (final / "finished.json").exists():
         console.print("trained already")
         return final
     workspace.ensure_assets(lambda message: console.print(f"  {message}", style="dim"))
     fitted = config.output / "head"
-    if not (fitted / "head.json").exists():
-        start_head(
-            workspace,
-            config.start,
-            config.head_start,
-            config.run,
-            fitted,
-            console,
-            seed=config.seed,
-        )
-    torch.manual_seed(config.seed)  # an adapter's first weights are drawn
-    llm = load_policy(
-        base,
-        config.start,
-        config.lora,
-        dtype="auto" if config.lora and config.precision == "bfloat16" else "float32",
-    )
-    llm.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    start_head(config, workspace, fitted, console)
+    llm = load_llm(config, workspace)
+    base = workspace.settings.model_name
     backbone = live_backbone(llm, base, autocast=config.precision == "bfloat16")
     if config.compile:
         if not torch.cuda.is_available():

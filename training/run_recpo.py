@@ -16,14 +16,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from rich.console import Console
 
-from deeprec.configuration import RunArguments, keep_config, keep_origin, write_json, write_text
+from deeprec.configuration import RunArguments, keep_origin, write_json, write_text
 from deeprec.graph.app import local_engine
 from deeprec.graph.build import build_graph
-from deeprec.graph.engine.adapter import weights_digest
-from deeprec.graph.engine.limits import check_model_folder
 from deeprec.graph.r2ec.build import build_r2ec_graph
 from deeprec.graph.r2ec.head import (
     check_dataset,
@@ -34,16 +32,20 @@ from deeprec.graph.r2ec.head import (
 from deeprec.graph.r2ec.items import ItemStates
 from deeprec.graph.r2ec.ranker import HeadRanker
 from deeprec.graph.state import RunSettings
-from deeprec.settings import load_settings
 from deeprec.terminal import tells_errors
 from deeprec.tools.progress import trm_progress
 from deeprec.tools.workspace import Workspace
 from deeprec.training.card import quarters
 from deeprec.training.configuration import LoRA, add_learning_options
 from deeprec.training.ground import TARGETS_PER_USER, select_users, training_ground
-from deeprec.training.head_folder import leave_head, live_backbone, start_head
-from deeprec.training.head_start import HeadStart
-from deeprec.training.policy import check_start, load_policy
+from deeprec.training.head_folder import (
+    HeadedRun,
+    leave_head,
+    live_backbone,
+    load_llm,
+    open_run,
+    start_head,
+)
 from deeprec.training.recpo import RecPO
 from deeprec.training.recpo_trainer import RecPOTrainer
 from deeprec.training.rollout import Plan
@@ -57,20 +59,13 @@ STAGE: Literal["recommendation"] = "recommendation"
 FIGURES = ("reward/total", "reward/ndcg", "reward/ndcg@10", "reward/probability", "engine_gap/mean")
 
 
-class RecPORun(BaseModel):
+class RecPORun(HeadedRun):
     """The configuration file."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     output: Path  # trajectories, checkpoint, and the heads: `head` before RecPO, `final` after it
-    workspace: str = "ml-100k"  # a prepared one (`make demo` prepares this)
-    model: str | None = None  # hub name or folder of the LLM; none: the settings' model
-    start: Path | None = None  # adapter or model that an earlier run left
     # Folder of a head to start from; none: one is fitted by head_start into `head`.
     head: Path | None = None
-    head_start: HeadStart = HeadStart()
     agent: Literal["r2ec", "deeprec"] = "r2ec"  # whose graph is played; deeprec with rank: head
-    seed: int = 0
     steps: int = Field(ge=0)  # of all; more of them go on with a run. 0: fit the head alone
     users_per_step: int = Field(8, ge=2)  # in-batch negatives are the others' targets
     group_size: int = Field(4, ge=2)  # †, chains of each user
@@ -85,8 +80,6 @@ class RecPORun(BaseModel):
     )
     max_length: int = Field(2048, ge=512)  # tokens of one run
     lora: LoRA | None = LoRA()  # none: train all weights
-    precision: Literal["bfloat16", "float32"] = "bfloat16"  # of products; weights of the adapter,
-    # of the head, and of the whole LLM without an adapter, are float32
     learning_rate: float = Field(1e-5, gt=0)
     head_learning_rate: float = Field(1e-4, gt=0)
     max_grad_norm: float = Field(1.0, gt=0)
@@ -115,31 +108,13 @@ class RecPORun(BaseModel):
 
 def run(config: RecPORun, console: Console) -> Path:
     """Fit the head, then train by reward; gives the folder of the head."""
-    own = {} if config.model is None else {"model": config.model}
-    # What is trained starts from `start` alone: an adapter of the environment's is not taken over.
-    settings = load_settings(workspace=config.workspace, adapter=None, **own)
+    workspace = open_run(config, free=frozenset({"steps"}))
+    settings = workspace.settings
     base = settings.model_name
-    check_model_folder(base)
-    if config.start is not None:
-        check_start(config.start, config.lora)
-    keep_config(config, config.output, free=frozenset({"steps"}))
-    workspace = Workspace(settings)
-    origin = {"data set": workspace.data.fingerprint, "LLM": weights_digest(base)}
-    if config.start is not None:
-        origin["start"] = weights_digest(str(config.start))
-    keep_origin(origin, config.output)
     workspace.ensure_assets(lambda message: console.print(f"  {message}", style="dim"))
     head_folder = config.head or config.output / "head"
-    if config.head is None and not (head_folder / "head.json").exists():
-        start_head(
-            workspace,
-            config.start,
-            config.head_start,
-            config.run,
-            head_folder,
-            console,
-            seed=config.seed,
-        )
+    if config.head is None:
+        start_head(config, workspace, head_folder, console)
     card = read_card(head_folder)
     check_dataset(card, workspace.data.fingerprint, head_folder)
     check_llm(card, base, config.start, head_folder)
@@ -155,16 +130,7 @@ def run(config: RecPORun, console: Console) -> Path:
         engine = local_engine(base, settings.engine, max_model_len=config.max_length)
     ranker: HeadRanker | None = None
     try:
-        import torch
-
-        torch.manual_seed(config.seed)  # an adapter's first weights are drawn
-        llm = load_policy(
-            base,
-            config.start,
-            config.lora,
-            dtype="auto" if config.lora and config.precision == "bfloat16" else "float32",
-        )
-        llm.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        llm = load_llm(config, workspace)
         ranker = _live_ranker(config, llm, base, head_folder, catalog)
         graph = (
             build_r2ec_graph(engine, ranker)

@@ -19,9 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 from rich.progress import Progress
 
-from deeprec.configuration import RunArguments, keep_config, keep_origin
+from deeprec.configuration import RunArguments, keep_config
 from deeprec.errors import SettingsError, TrajectoryError
-from deeprec.graph.engine.adapter import weights_digest
 from deeprec.graph.engine.limits import check_model_folder
 from deeprec.graph.engine.tokenizer import load_tokenizer
 from deeprec.graph.state import RunSettings
@@ -34,7 +33,7 @@ from deeprec.training.configuration import LoRA, check_options
 from deeprec.training.demonstrations import DemonstrationConfig, Demonstrator, demonstrate
 from deeprec.training.ground import TARGETS_PER_USER, select_users, training_ground
 from deeprec.training.head import score_labelled_positions_only
-from deeprec.training.policy import load_policy
+from deeprec.training.policy import keep_made_of, load_policy
 from deeprec.training.selection import SelectionConfig
 from deeprec.training.trajectory_file import iter_trajectories, write_part
 
@@ -84,8 +83,7 @@ def run(config: SFTRun, console: Console) -> Path:
     check_model_folder(model)
     keep_config(config, config.output)
     base = Workspace(settings)
-    origin = {"data set": base.data.fingerprint, "LLM": weights_digest(model)}
-    keep_origin(origin, config.output)
+    keep_made_of(base.data.fingerprint, model, None, config.output)
     tokenizer = load_tokenizer(model)
     shown = _demonstrations(config, base, tokenizer, console)
     data = dataset(shown)

@@ -36,7 +36,7 @@ from deeprec.training.head_training import HeadLearning, HeadTrainer, places_by_
 from deeprec.training.policy import load_policy
 from deeprec.training.run_head import HeadRun
 
-from .test_run_recpo import CutError, Rambler, here, home
+from .test_run_recpo import CutError, Rambler, cut_once, here, home
 from .test_run_recpo import config as recpo_config
 
 __all__ = ["here", "home"]
@@ -241,18 +241,9 @@ def test_what_is_left_follows_what_is_served(
 def test_a_run_goes_on_after_a_kill(
     here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora: LoRA | None
 ) -> None:
-    told: list[float] = []
-    killed = [True]
-
-    def tell(row: dict[str, float], console: Console) -> None:
-        told.append(row["step"])
-        if killed and row["step"] == 2:
-            raise CutError
-
-    monkeypatch.setattr(run_head, "_tell", tell)
+    told = cut_once(monkeypatch, run_head, 2)
     with pytest.raises(CutError):
         run_head.run(config(tmp_path / "cut", lora=lora), Console(quiet=True))
-    killed.clear()
     resumed = run_head.run(config(tmp_path / "cut", lora=lora), Console(quiet=True))
     assert told == [0, 1, 2, 2, 3]  # from the checkpoint after step 1
     whole = run_head.run(config(tmp_path / "whole", lora=lora), Console(quiet=True))

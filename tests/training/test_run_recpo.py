@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ from deeprec.settings import load_settings
 from deeprec.tools.interactions import InteractionData
 from deeprec.tools.trm.config import DeepRecConfig, FitConfig
 from deeprec.tools.workspace import Workspace
-from deeprec.training import run_recpo
+from deeprec.training import head_folder, run_recpo
 from deeprec.training.card import quarters
 from deeprec.training.configuration import LoRA
 from deeprec.training.policy import load_policy
@@ -93,6 +94,21 @@ def config(output: Path, **changes: Any) -> RecPORun:
 
 class CutError(Exception):
     """As a kill would."""
+
+
+def cut_once(monkeypatch: pytest.MonkeyPatch, module: ModuleType, step: int) -> list[float]:
+    """Have a run of `module` cut off when it tells that step for the first time; gives the steps
+    that are told.
+    """
+    told: list[float] = []
+
+    def tell(row: dict[str, float], console: Console) -> None:
+        told.append(row["step"])
+        if row["step"] == step and told.count(step) == 1:
+            raise CutError
+
+    monkeypatch.setattr(module, "_tell", tell)
+    return told
 
 
 @pytest.fixture
@@ -169,18 +185,9 @@ def test_a_run_goes_on_after_a_kill(
 ) -> None:
     monkeypatch.setattr(run_recpo, "local_engine", Rambler)
     changes = {"refresh_every": 1, "head_learning_rate": 0.01, "updates": 1}
-    told: list[float] = []
-    killed = [True]
-
-    def tell(row: dict[str, float], console: Console) -> None:
-        told.append(row["step"])
-        if killed and row["step"] == 1:
-            raise CutError
-
-    monkeypatch.setattr(run_recpo, "_tell", tell)
+    told = cut_once(monkeypatch, run_recpo, 1)
     with pytest.raises(CutError):
         run_recpo.run(config(tmp_path / "cut", **changes), Console(quiet=True))
-    killed.clear()
     resumed = run_recpo.run(config(tmp_path / "cut", **changes), Console(quiet=True))
     assert told == [0, 1, 1]  # not from the start
     whole = run_recpo.run(config(tmp_path / "whole", **changes), Console(quiet=True))
@@ -407,7 +414,7 @@ def test_the_policy_is_trained_where_the_gpu_is(
             raise CutError
 
     monkeypatch.setattr(run_recpo, "local_engine", Rambler)
-    monkeypatch.setattr(run_recpo, "load_policy", lambda *_, **__: Policy())
+    monkeypatch.setattr(head_folder, "load_policy", lambda *_, **__: Policy())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(CutError):
         run_recpo.run(config(tmp_path / "run", head=started), Console(quiet=True))
