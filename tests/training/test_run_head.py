@@ -1,6 +1,7 @@
 """Supervised training of the head and its LLM: what is read, what is learnt, what is left."""
 
 import json
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from numpy.typing import NDArray
 from rich.console import Console
 from safetensors.torch import load_file
 from torch.nn import functional
@@ -35,6 +37,7 @@ from deeprec.training.head_start import HeadStart, Reader, _whiten, follow
 from deeprec.training.head_training import HeadLearning, HeadTrainer, places_by_step
 from deeprec.training.policy import load_policy
 from deeprec.training.run_head import HeadRun
+from deeprec.training.teacher import Teacher
 
 from .test_run_recpo import CutError, Rambler, cut_once, here, home
 from .test_run_recpo import config as recpo_config
@@ -114,16 +117,35 @@ def trainer(reader: Reader, tiny_llm: str, tmp_path: Path) -> HeadTrainer:
     return made
 
 
+class Fixed:
+    """A teacher whose answer is made of the place that is asked for."""
+
+    def __init__(self, items: int) -> None:
+        self.items = items
+
+    def log_probs(self, sequence: NDArray[np.int32], places: Iterable[int]) -> torch.Tensor:
+        def row(place: int) -> torch.Tensor:
+            generator = torch.Generator().manual_seed(int(sequence[place]))
+            return torch.randn(self.items, generator=generator)
+
+        return torch.stack([row(place) for place in places]).log_softmax(dim=-1)
+
+
+@pytest.mark.parametrize("weight", [0, 0.7])
 def test_the_gradient_is_that_of_the_plain_objective(
-    trainer: HeadTrainer, monkeypatch: pytest.MonkeyPatch
+    trainer: HeadTrainer, monkeypatch: pytest.MonkeyPatch, weight: float
 ) -> None:
+    teacher = Fixed(len(trainer._items))
+    if weight:
+        trainer._teacher = teacher  # type: ignore[assignment]
+    trainer._config = trainer._config.model_copy(update={"teacher_weight": weight})
     places = [(0, 6), (1, 3), (2, 5)]
     rng = np.random.default_rng([0, 29, 1])
     readings = [trainer._reader.read(u, at, thought=rng.random() < 0.5) for u, at in places]
     assert {bool(reading.spoken) for reading in readings} == {False, True}
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda *_: None)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.zeros(()))
-    trainer._step(1, places)
+    row = trainer._step(1, places)
     found = {name: p.grad.clone() for name, p in trainer._trained.items() if p.grad is not None}
 
     # Once more in one piece, each reading read by itself.
@@ -131,10 +153,16 @@ def test_the_gradient_is_that_of_the_plain_objective(
         p.grad = None
     vectors = trainer._head.items(trainer._states)
     line, end, thought = [], [], []
-    for reading in readings:
+    for (user, at), reading in zip(places, readings, strict=True):
         hidden = trainer._backbone.hidden([reading.ids])[0]
         logprobs = (trainer._head.users(hidden[reading.places]) @ vectors.T).log_softmax(dim=-1)
-        losses = [-logprobs[row, target] for row, target in enumerate(reading.targets)]
+        sequence = trainer._reader.split.train[user]
+        wanted = teacher.log_probs(sequence, range(at + 1 - len(reading.targets), at + 1))
+        apart = (wanted.exp() * (wanted - logprobs)).sum(dim=1)
+        losses = [
+            (1 - weight) * -logprobs[line, target] + weight * apart[line]
+            for line, target in enumerate(reading.targets)
+        ]
         line += losses[:-1]
         end += losses[-1:]
         if reading.spoken:
@@ -151,6 +179,7 @@ def test_the_gradient_is_that_of_the_plain_objective(
             continue
         torch.testing.assert_close(found[name], p.grad, atol=2e-5, rtol=1e-3, msg=name)
     assert found["head.user.weight"].abs().max() > 1e-4
+    assert ("loss/teacher" in row) == bool(weight)
 
 
 def test_items_keep_their_vectors_where_states_move(trainer: HeadTrainer) -> None:
@@ -168,6 +197,43 @@ def test_items_keep_their_vectors_where_states_move(trainer: HeadTrainer) -> Non
     assert kept > 0.97
     with torch.no_grad():
         assert float((vectors * head.items(after)).sum(dim=1).mean()) == pytest.approx(kept)
+
+
+def test_the_teacher_knows_what_came_before_alone(here: None) -> None:
+    workspace = Workspace(load_settings(workspace="tiny"))
+    trm, text = workspace.trm, workspace.item_embeddings
+    trm.config = trm.config.model_copy(update={"history_length": 3})
+    teacher = Teacher(trm, workspace.data, text)
+    sequence = workspace.split.train[0]
+    said = teacher.log_probs(sequence, [1, 6])
+    past = torch.tensor(sequence[None, 3:6].astype(np.int64))
+    with torch.no_grad():
+        items = trm.item_vectors(torch.arange(len(text)), torch.as_tensor(text))
+        user = trm.user_vectors(past, torch.as_tensor(text)[past], torch.tensor([3]))
+        wanted = (user @ items.T).log_softmax(dim=-1)
+    torch.testing.assert_close(said[1:], wanted)
+    other = sequence.copy()
+    other[6:] = sequence[:1]
+    torch.testing.assert_close(teacher.log_probs(other, [1, 6]), said)
+
+
+def test_a_teacher_is_followed_and_is_part_of_the_run(
+    here: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    learning = {
+        "steps": 60, "readings_per_step": 8, "learning_rate": 0.001, "head_learning_rate": 0.003,
+        "valid_users": 5,
+        "teacher_weight": 1.0,
+    }  # fmt: skip
+    taught = config(tmp_path / "run", learning=learning)
+    run_head.run(taught, Console(quiet=True))
+    log = json.loads((tmp_path / "run" / "log.json").read_text())
+    first, last = quarters(log, "loss/teacher") or (0.0, 0.0)
+    assert last < 0.7 * first
+    (tmp_path / "run" / "final" / "finished.json").unlink()
+    monkeypatch.setattr(run_head, "trm_fingerprint", lambda _: "of other weights")
+    with pytest.raises(SettingsError, match="another TRM"):
+        run_head.run(taught, Console(quiet=True))
 
 
 def test_rates_rise_and_fall(trainer: HeadTrainer) -> None:
