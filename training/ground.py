@@ -7,12 +7,19 @@ easily. This one has not seen each user's last two items of the training part.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+from ..configuration import keep_origin
 from ..errors import CatalogError, TRMError
+from ..tools.progress import trm_progress
 from ..tools.trm.config import DeepRecConfig, FitConfig
 from ..tools.trm.fit import FitProgress
 from ..tools.workspace import Workspace
-from .selection import Selection, SelectionConfig, select, training_part
+from .selection import Selection, SelectionConfig, select, training_part, trm_fingerprint
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 TARGETS_PER_USER = 2
 """Items of each user that the TRM of the training ground has not seen."""
@@ -41,6 +48,19 @@ def training_ground(
         _ = ground.catalog
     except CatalogError:
         ground.index()
+    return ground
+
+
+def open_ground(base: Workspace, folder: Path, console: Console) -> Workspace:
+    """Open the training ground for a run, and keep in its folder which TRM and encoder it has.
+
+    Raises SettingsError where the run in the folder was made of others, and what `training_ground`
+    raises.
+    """
+    with trm_progress(console) as progress:
+        ground = training_ground(base, progress=progress)
+    parts = {"TRM": trm_fingerprint(ground.trm), "sentence encoder": ground.encoder.fingerprint}
+    keep_origin(parts, folder)
     return ground
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from rich.console import Console
 
-from deeprec.configuration import RunArguments, keep_config, keep_origin, write_json
+from deeprec.configuration import RunArguments, keep_config, write_json
 from deeprec.errors import SettingsError
 from deeprec.graph.app import local_engine
 from deeprec.graph.build import build_graph
@@ -27,11 +27,10 @@ from deeprec.graph.engine.tokenizer import load_tokenizer
 from deeprec.graph.state import RunSettings
 from deeprec.settings import load_settings
 from deeprec.terminal import tells_errors
-from deeprec.tools.progress import trm_progress
 from deeprec.tools.workspace import Workspace
 from deeprec.training.card import FIGURES, leave_results, quarters
 from deeprec.training.configuration import LoRA, add_learning_options, check_options
-from deeprec.training.ground import TARGETS_PER_USER, select_users, training_ground
+from deeprec.training.ground import TARGETS_PER_USER, open_ground, select_users
 from deeprec.training.policy import keep_made_of
 from deeprec.training.rewards import RewardConfig, Rewarder, Rules, Stage
 from deeprec.training.selection import Selection, SelectionConfig
@@ -181,12 +180,8 @@ def run(config: GRPORun, console: Console) -> Path:
         return config.output / config.stages[-1].stage / "final"
     tokenizer = load_tokenizer(model)
     base.ensure_assets(lambda message: console.print(f"  {message}", style="dim"))
-    with trm_progress(console) as progress:
-        ground = training_ground(base, progress=progress)
+    ground = open_ground(base, config.output, console)
     selection = select_users(base, ground, config.selection)
-    keep_origin(
-        {"TRM": selection.trm, "sentence encoder": ground.encoder.fingerprint}, config.output
-    )
     selection.save(config.output / "selection.json")
     with console.status("Loading the LLM"):
         engine = local_engine(model, _exact(settings.engine), max_model_len=config.max_length)

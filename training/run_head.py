@@ -18,14 +18,13 @@ from typing import Any
 
 from rich.console import Console
 
-from deeprec.configuration import RunArguments, keep_origin, write_json, write_text
+from deeprec.configuration import RunArguments, write_json, write_text
 from deeprec.graph.r2ec.head import load_head, read_card
 from deeprec.graph.r2ec.items import catalog_readings
 from deeprec.graph.state import RunSettings
 from deeprec.terminal import tells_errors
-from deeprec.tools.progress import trm_progress
 from deeprec.tools.workspace import Workspace
-from deeprec.training.ground import training_ground
+from deeprec.training.ground import open_ground
 from deeprec.training.head_folder import (
     HeadedRun,
     leave_head,
@@ -37,7 +36,6 @@ from deeprec.training.head_folder import (
 )
 from deeprec.training.head_start import HeadStart
 from deeprec.training.head_training import HeadLearning, HeadTrainer
-from deeprec.training.selection import trm_fingerprint
 from deeprec.training.teacher import Teacher
 
 _TOLD_EVERY = 10  # steps
@@ -114,11 +112,8 @@ def run(config: HeadRun, console: Console) -> Path:
 def _teacher(config: HeadRun, workspace: Workspace, console: Console) -> Teacher | None:
     if not config.learning.teacher_weight:
         return None
-    with trm_progress(console) as progress:
-        ground = training_ground(workspace, progress=progress)
-    model, encoder = ground.trm, ground.encoder.fingerprint
-    keep_origin({"TRM": trm_fingerprint(model), "sentence encoder": encoder}, config.output)
-    return Teacher(model, workspace.data, workspace.item_embeddings)
+    ground = open_ground(workspace, config.output, console)
+    return Teacher(ground.trm, workspace.data, workspace.item_embeddings)
 
 
 def _tell(row: dict[str, float], console: Console) -> None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 from rich.console import Console
 
-from deeprec.configuration import RunArguments, keep_origin, write_json, write_text
+from deeprec.configuration import RunArguments, write_json, write_text
 from deeprec.graph.app import local_engine
 from deeprec.graph.build import build_graph
 from deeprec.graph.r2ec.build import build_r2ec_graph
@@ -33,11 +33,10 @@ from deeprec.graph.r2ec.items import ItemStates
 from deeprec.graph.r2ec.ranker import HeadRanker
 from deeprec.graph.state import RunSettings
 from deeprec.terminal import tells_errors
-from deeprec.tools.progress import trm_progress
 from deeprec.tools.workspace import Workspace
 from deeprec.training.card import quarters
 from deeprec.training.configuration import LoRA, add_learning_options
-from deeprec.training.ground import TARGETS_PER_USER, select_users, training_ground
+from deeprec.training.ground import TARGETS_PER_USER, open_ground, select_users
 from deeprec.training.head_folder import (
     HeadedRun,
     leave_head,
@@ -174,12 +173,8 @@ def _ground(
     """Catalog, retriever (DeepRec's alone) and examples, of the training part."""
     data = workspace.data
     if config.agent == "deeprec":
-        with trm_progress(console) as progress:
-            ground = training_ground(workspace, progress=progress)
+        ground = open_ground(workspace, config.output, console)
         selection = select_users(workspace, ground, config.selection)
-        keep_origin(
-            {"TRM": selection.trm, "sentence encoder": ground.encoder.fingerprint}, config.output
-        )
         selection.save(config.output / "selection.json")
         examples = selection.examples(STAGE, data)
         return ground.catalog, ground.retriever, examples[: config.examples]

@@ -29,7 +29,7 @@ from deeprec.tools.interactions import InteractionData, leave_one_out
 from deeprec.tools.retriever import Retriever
 from deeprec.tools.trm.vocabulary import Vocabulary
 from deeprec.tools.workspace import Workspace
-from deeprec.training import run_head, run_recpo
+from deeprec.training import ground, run_head, run_recpo
 from deeprec.training.card import quarters
 from deeprec.training.configuration import LoRA
 from deeprec.training.head_folder import leave_head, live_backbone
@@ -231,7 +231,7 @@ def test_a_teacher_is_followed_and_is_part_of_the_run(
     first, last = quarters(log, "loss/teacher") or (0.0, 0.0)
     assert last < 0.7 * first
     (tmp_path / "run" / "final" / "finished.json").unlink()
-    monkeypatch.setattr(run_head, "trm_fingerprint", lambda _: "of other weights")
+    monkeypatch.setattr(ground, "trm_fingerprint", lambda _: "of other weights")
     with pytest.raises(SettingsError, match="another TRM"):
         run_head.run(taught, Console(quiet=True))
 
