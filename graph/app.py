@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import EngineError
 from ..settings import Settings, load_settings
-from ..tools.loading import uncollected
+from ..tools.loading import keep_loaded, uncollected
 from ..tools.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -154,7 +154,9 @@ def load_graph(
 @lru_cache(maxsize=1)
 def _loaded() -> tuple[Workspace, CompiledStateGraph[Any, Any, Any, Any]]:
     workspace = Workspace(load_settings())
-    return workspace, load_graph(workspace)
+    agent = load_graph(workspace)
+    keep_loaded()
+    return workspace, agent
 
 
 def _load() -> tuple[Workspace, CompiledStateGraph[Any, Any, Any, Any]]:

@@ -21,7 +21,14 @@ from .memory import Memory
 from .messages import request_message
 from .requests import defaulting_to, parse_request
 from .resources import Resources, Shelf
-from .state import MAX_RETRIEVALS, RecommendationRequest, RecommendationResponse, RunSettings, State
+from .state import (
+    MAX_RETRIEVALS,
+    RecommendationRequest,
+    RecommendationResponse,
+    Routing,
+    RunSettings,
+    State,
+)
 from .streaming import tell_answer, tell_lists, tell_thoughts
 
 if TYPE_CHECKING:
@@ -90,20 +97,20 @@ def build_graph(
         check_user(runtime.server_info, state["user"])
         return people.review_answer(resources, state, runtime.store)
 
-    def after_thinking(state: State) -> str:
+    def after_thinking(state: Routing) -> str:
         asks = state["next_node"] == "call_trm" and state["run"]["ask_before_search"]
         return "review_search" if asks else state["next_node"]
 
-    def after_search_review(state: State) -> str:
+    def after_search_review(state: Routing) -> str:
         return "rank" if state.get("stop_reason") else "call_trm"
 
-    def after_retrieval(state: State) -> str:
+    def after_retrieval(state: Routing) -> str:
         return "rank" if state.get("stop_reason") else "think"
 
-    def after_ranking(state: State) -> str:
+    def after_ranking(state: Routing) -> str:
         return "review_answer" if state["run"]["ask_after_ranking"] else END
 
-    def after_answer_review(state: State) -> str:
+    def after_answer_review(state: Routing) -> str:
         return END if state.get("stop_reason") else "think"
 
     graph.add_node("read_request", Reading(read_request))
@@ -175,8 +182,12 @@ def reading(
     check(chosen)
     memory = Memory.of(runtime.store, request.user_id)
     update = nodes.read_request(resources, request, chosen, memory, **prompting)
-    titles = [resources.catalog.display_title(item) for item in update["history_ids"]]
-    asked = request_message(request, run=update["run"], titles=titles)
+    asked = request_message(
+        request,
+        run=update["run"],
+        history=update["history_ids"],
+        title=resources.catalog.display_title,
+    )
     return {**update, "messages": Overwrite([asked])}
 
 
@@ -233,15 +244,15 @@ class Reading(RunnableLambda[State, dict[str, Any]]):
         return self.func(input)
 
 
-class _Route(RunnableLambda[State, str]):
+class _Route(RunnableLambda[Routing, str]):
     """Where a run goes after a node; decided on the spot, where a plain function would be given to
     a thread and traced.
     """
 
-    def invoke(self, input: State, config: RunnableConfig | None = None, **_: Any) -> str:
+    def invoke(self, input: Routing, config: RunnableConfig | None = None, **_: Any) -> str:
         return str(self.func(input))
 
-    async def ainvoke(self, input: State, config: RunnableConfig | None = None, **_: Any) -> str:
+    async def ainvoke(self, input: Routing, config: RunnableConfig | None = None, **_: Any) -> str:
         return str(self.func(input))
 
 

@@ -16,8 +16,8 @@ def likeness(now: Snapshot, items: Sequence[str], to: str) -> NDArray[np.float32
     """Mean of the cosines of text embeddings and of TRM vectors between `items` and `to`, float32
     [items], -1 to 1. All must be in the catalog.
     """
-    (at,) = now.positions([to])
-    return mean_cosines((now.text_embeddings, now.vectors), now.positions(items), at)
+    tables = (now.text_embeddings, now.vectors)
+    return mean_cosines(tables, now.positions(items), now.position(to))
 
 
 def mean_cosines(

@@ -6,7 +6,7 @@ They are read off what the nodes hand on, and nothing in the loop reads them bac
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from langchain_core.messages import AIMessage, HumanMessage, ToolCall, ToolMessage
@@ -18,13 +18,18 @@ _LATEST = 8  # titles of a history that are shown
 
 
 def request_message(
-    request: RecommendationRequest, *, run: Mapping[str, Any], titles: Sequence[str]
+    request: RecommendationRequest,
+    *,
+    run: Mapping[str, Any],
+    history: Sequence[str],
+    title: Callable[[str], str],
 ) -> HumanMessage:
-    """Say what is asked for. `run` are the run's settings, dumped; `titles` are the history's,
-    oldest first.
+    """Say what is asked for. `run` are the run's settings, dumped; `history` are item ids, oldest
+    first, and `title` gives an item's title.
     """
-    more = f"… {len(titles) - _LATEST} more, then " if len(titles) > _LATEST else ""
-    said = [f"Recommend {run['k']} items to a user who liked {more}{', '.join(titles[-_LATEST:])}."]
+    more = f"… {len(history) - _LATEST} more, then " if len(history) > _LATEST else ""
+    liked = ", ".join(title(item) for item in history[-_LATEST:])
+    said = [f"Recommend {run['k']} items to a user who liked {more}{liked}."]
     said += [
         f"Only {json.dumps(filters, ensure_ascii=False, default=str)}."
         for filters in (run["filters"], request.filters)

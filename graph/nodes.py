@@ -261,7 +261,14 @@ async def call_trm(resources: Resources, state: State) -> dict[str, Any]:
             return _stop(step, "time_budget", "the time budget ran out in a retrieval")
         except (CatalogError, EncoderError) as error:
             return _stop(step, "retrieval_failure", str(error))
-    numbers = numbering([*turns, {"retrieved": [item.model_dump() for item in found]}])
+    turn = Turn(
+        thought=pending["thought"],
+        preference=preference,
+        retrieved=found,
+        refused=refused,
+        asked_by="user" if edited else "policy",
+    ).model_dump()
+    numbers = numbering([*turns, turn])
     text = (
         protocol.render_refusal(refused)
         if refused is not None
@@ -277,14 +284,7 @@ async def call_trm(resources: Resources, state: State) -> dict[str, Any]:
     if len(ids) > step.room(reserve=step.answer_reserve()):
         return _stop(step, "trajectory_length", "a retrieved list doesn't fit any more")
     step.write_ids("environment", ids)
-    turn = Turn(
-        thought=pending["thought"],
-        preference=preference,
-        retrieved=found,
-        refused=refused,
-        asked_by="user" if edited else "policy",
-    )
-    return step.update(pending=None, turns=[turn.model_dump()])
+    return step.update(pending=None, turns=[turn])
 
 
 def shown(

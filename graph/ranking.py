@@ -17,7 +17,7 @@ from .nodes import eligible, numbering, retrieve
 from .resources import Resources
 from .run import MIN_GENERATION, LimitReachedError, Step, closing
 from .state import Recommendation, RunSettings, Source, State, StopReason, Usage
-from .transcript import last_round
+from .transcript import last_round, said_last
 
 if TYPE_CHECKING:
     from ..tools.catalog import Catalog
@@ -51,12 +51,13 @@ async def rank(resources: Resources, state: State) -> dict[str, Any]:
         except LimitReachedError as limit:
             stop_reason = limit.reason
             failure = {"reason": limit.reason, "detail": limit.detail}
-    entries = protocol.parse_answer(written or step.text(since_list=True)) or []
+    pieces = step.pieces()
+    entries = protocol.parse_answer(written or said_last(pieces)) or []
     if not by_head:
         answer = protocol.resolve_entries(entries, candidates, numbers, settings.answer_form)
     retrievals = sum(turn["refused"] is None and bool(turn["preference"]) for turn in turns)
     violations = check_format(
-        [*last_round(step.pieces()), ("forced", written)],
+        [*last_round(pieces), ("forced", written)],
         k=settings.k,
         retrievals=retrievals,
         entries=entries,

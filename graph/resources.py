@@ -92,7 +92,7 @@ class Resources(Shelf):
 def listed_item(catalog: Catalog, item_id: str) -> protocol.ListedItem:
     """Return an item of the catalog as an LLM reads it."""
     now = catalog.snapshot
-    return listed_at(now, int(now.positions([item_id])[0]))
+    return listed_at(now, now.position(item_id))
 
 
 def listed_at(now: Snapshot, position: int) -> protocol.ListedItem:

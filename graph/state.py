@@ -308,6 +308,14 @@ def add_counts(left: dict[str, float], right: dict[str, float]) -> dict[str, flo
     return {name: left.get(name, 0.0) + right.get(name, 0.0) for name in left | right}
 
 
+class Routing(TypedDict, total=False):
+    """Of the state what decides where a run goes next."""
+
+    run: dict[str, Any]  # RunSettings of this run, dumped
+    next_node: Literal["call_trm", "rank"]
+    stop_reason: StopReason | None
+
+
 class State(TypedDict, total=False):
     """What nodes hand on. Plain data only; see Segment for how tokens are kept."""
 

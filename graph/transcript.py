@@ -160,6 +160,12 @@ def pieces(
     ]
 
 
+def said_last(pieces: Sequence[tuple[Author, str]]) -> str:
+    """Text of the pieces after the last that the environment or the user wrote."""
+    heard = [at for at, (author, _) in enumerate(pieces) if author in HEARD]
+    return "".join(text for _, text in pieces[heard[-1] + 1 if heard else 0 :])
+
+
 def last_round(pieces: Sequence[tuple[Author, str]]) -> Sequence[tuple[Author, str]]:
     """Pieces since the user last sent an answer back; all where that never happened."""
     said = [at for at, (author, _) in enumerate(pieces) if author == "user"]

@@ -149,17 +149,17 @@ class Catalog:
     def item(self, id_: str) -> Item:
         """The item as it was stored. Raises CatalogError if there is none."""
         now = self._snapshot
-        return now.items[int(now.positions([id_])[0])]
+        return now.items[now.position(id_)]
 
     def display_title(self, id_: str) -> str:
         """Its unique, sanitised title. Raises CatalogError if there is no such item."""
         now = self._snapshot
-        return now.titles[int(now.positions([id_])[0])]
+        return now.titles[now.position(id_)]
 
     def display_attributes(self, id_: str) -> Mapping[str, tuple[str, ...]]:
         """Its sanitised attributes. Raises CatalogError if there is no such item."""
         now = self._snapshot
-        return now.shown_attributes(int(now.positions([id_])[0]))
+        return now.shown_attributes(now.position(id_))
 
     def resolve_title(self, text: str) -> str:
         """The id of the item whose title a person typed.

@@ -1,4 +1,4 @@
-"""What loading of large libraries and models has in common."""
+"""What loading of large libraries and models has in common: objects by the million that stay."""
 
 import gc
 from collections.abc import Iterator
@@ -19,3 +19,14 @@ def uncollected() -> Iterator[None]:
     finally:
         if was_enabled:
             gc.enable()
+
+
+def keep_loaded() -> None:
+    """Let the garbage collector leave alone from now on what has been loaded by now.
+
+    A full collection looks through all of it while every run stands still: half a second and more
+    for libraries and models (docs/speed.md). What is kept so is freed only by its last reference:
+    not for what will be replaced and refers to itself, such as a trainer.
+    """
+    gc.collect()
+    gc.freeze()

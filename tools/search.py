@@ -24,7 +24,7 @@ class Allowed:
 
     size: int
     mask: NDArray[np.bool_] | None = None  # [n]; None allows all
-    excluded: NDArray[np.int64] = field(default_factory=lambda: NOTHING)  # positions, each once
+    excluded: NDArray[np.int64] = field(default_factory=lambda: NOTHING)  # positions, rising
 
     @property
     def count(self) -> int:
@@ -35,7 +35,10 @@ class Allowed:
 
     def of(self, positions: NDArray[np.int64]) -> NDArray[np.bool_]:
         """`[m]`, True where the item at that position is allowed."""
-        held = ~np.isin(positions, self.excluded)
+        held = np.ones(len(positions), dtype=np.bool_)
+        if len(self.excluded):
+            at = np.searchsorted(self.excluded, positions).clip(max=len(self.excluded) - 1)
+            held = self.excluded[at] != positions
         return held if self.mask is None else held & self.mask[positions]
 
 

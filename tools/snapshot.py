@@ -1,7 +1,7 @@
 """A catalog at one moment, held in memory: what searches and lookups are answered from."""
 
-from collections.abc import Collection, Mapping, Sequence
-from functools import cached_property, lru_cache
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cached_property, lru_cache, partial
 from types import MappingProxyType
 
 import numpy as np
@@ -19,6 +19,8 @@ from .titles import TitleIndex, display_titles, sanitise_attributes
 NO_FILTERS = Filters()
 _LISTED_IDS = 5
 _SHOWN_ITEMS = 65_536  # whose sanitised attributes are kept
+_FILTERS = 256  # whose masks are kept
+_EXCLUSIONS = 1024  # sets of ids whose positions are kept: a run asks for its own at each search
 
 
 class Snapshot:
@@ -37,8 +39,9 @@ class Snapshot:
         self.matrix: Tensor = torch.from_numpy(self.vectors)  # [n, dim], shares memory
         for array in (self.vectors, self.text_embeddings):
             array.flags.writeable = False
-        self._mask = lru_cache(maxsize=256)(self._make_mask)
-        self.shown_attributes = lru_cache(maxsize=_SHOWN_ITEMS)(self._sanitise_attributes)
+        # Of its parts, not of itself: in a cycle an old snapshot would outlive the catalog's next.
+        self._excluded = lru_cache(maxsize=_EXCLUSIONS)(partial(_held, self.index))
+        self.shown_attributes = lru_cache(maxsize=_SHOWN_ITEMS)(partial(_shown, self.items))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -58,32 +61,47 @@ class Snapshot:
         """Finds items by attributes."""
         return AttributeIndex(self.items)
 
-    def _sanitise_attributes(self, position: int) -> Mapping[str, tuple[str, ...]]:
-        """Return an item's attributes as they may be shown."""
-        return MappingProxyType(sanitise_attributes(self.items[position].attributes))
+    @cached_property
+    def _mask(self) -> Callable[[Filters], NDArray[np.bool_]]:
+        return lru_cache(maxsize=_FILTERS)(self.attributes.mask)
 
-    def _make_mask(self, filters: Filters) -> NDArray[np.bool_]:
-        return self.attributes.mask(filters)
+    def position(self, id_: str) -> int:
+        """Position of an id. Raises CatalogError where the catalog does not hold it."""
+        at = self.index.get(id_)
+        if at is None:
+            raise self._unknown([id_])
+        return at
 
     def positions(self, ids: Sequence[str]) -> NDArray[np.int64]:
         """Positions of ids. Raises CatalogError naming those that the catalog does not hold."""
         try:
-            return np.fromiter((self.index[id_] for id_ in ids), dtype=np.int64, count=len(ids))
+            return np.array([self.index[id_] for id_ in ids], dtype=np.int64)
         except KeyError:
-            unknown = [id_ for id_ in ids if id_ not in self.index]
-            raise CatalogError(
-                f"no item with id {some(unknown)} in the catalog of {len(self)} items. "
-                "Check the id, or add the item."
-            ) from None
+            raise self._unknown([id_ for id_ in ids if id_ not in self.index]) from None
+
+    def _unknown(self, ids: Sequence[str]) -> CatalogError:
+        return CatalogError(
+            f"no item with id {some(ids)} in the catalog of {len(self)} items. "
+            "Check the id, or add the item."
+        )
 
     def allowed(self, exclude: Collection[str] = (), filters: Filters = NO_FILTERS) -> Allowed:
         """What may be shown. Ids that the catalog does not hold are excluded as it is.
 
         Raises RequestError for a filter that names what no item has.
         """
-        known = sorted({self.index[id_] for id_ in exclude if id_ in self.index})
         mask = self._mask(filters) if filters else None
-        return Allowed(len(self), mask, np.array(known, dtype=np.int64))
+        return Allowed(len(self), mask, self._excluded(frozenset(exclude)))
+
+
+def _held(index: Mapping[str, int], ids: frozenset[str]) -> NDArray[np.int64]:
+    """Positions of those of the ids that the catalog holds, rising."""
+    return np.array(sorted(index[id_] for id_ in ids if id_ in index), dtype=np.int64)
+
+
+def _shown(items: Sequence[Item], position: int) -> Mapping[str, tuple[str, ...]]:
+    """An item's attributes as they may be shown."""
+    return MappingProxyType(sanitise_attributes(items[position].attributes))
 
 
 def some(ids: Sequence[str]) -> str:

@@ -27,6 +27,7 @@ from deeprec.graph.engine.tokenizer import load_tokenizer
 from deeprec.graph.state import RunSettings
 from deeprec.settings import load_settings
 from deeprec.terminal import tells_errors
+from deeprec.tools.loading import keep_loaded
 from deeprec.tools.workspace import Workspace
 from deeprec.training.card import FIGURES, leave_results, quarters
 from deeprec.training.configuration import LoRA, add_learning_options, check_options
@@ -229,6 +230,7 @@ def train_stage(
     from deeprec.training.rollout import Plan, Rollouts
     from deeprec.training.trainer import Trainer
 
+    keep_loaded()  # before there is a trainer: a stage's must go with it
     plan = Plan(
         stage.stage,
         selection.examples(stage.stage, base.data),

@@ -33,6 +33,7 @@ from deeprec.graph.r2ec.items import ItemStates
 from deeprec.graph.r2ec.ranker import HeadRanker
 from deeprec.graph.state import RunSettings
 from deeprec.terminal import tells_errors
+from deeprec.tools.loading import keep_loaded
 from deeprec.tools.workspace import Workspace
 from deeprec.training.card import quarters
 from deeprec.training.configuration import LoRA, add_learning_options
@@ -136,6 +137,7 @@ def run(config: RecPORun, console: Console) -> Path:
             if retriever is None
             else build_graph(engine, retriever, ranker=ranker)
         )
+        keep_loaded()
         trainer = RecPOTrainer(
             graph=graph,
             load_weights=engine.load_weights,

@@ -29,6 +29,7 @@ from ...graph.resources import Resources
 from ...graph.state import RunSettings
 from ...graph.transcript import Segment, Transcript
 from ...settings import load_settings
+from ...tools.loading import keep_loaded
 from ...tools.retriever import Retriever
 from ...tools.workspace import Workspace
 from .bare_loop import play, play_in_lock_step
@@ -44,65 +45,69 @@ _GROUP, _GROUPS = 8, 4  # runs of one prompt; prompts
 
 Run = tuple[Sequence[str], RunSettings]
 Segments = list[list[Segment]]
-Schedule = Callable[[Engine, Retriever, Sequence[Run]], Coroutine[Any, Any, Segments]]
+Schedule = Callable[[Sequence[Run]], Coroutine[Any, Any, Segments]]
 
 
-async def in_graph(
-    engine: Engine, retriever: Retriever, runs: Sequence[Run], *, at_once: int | None = None
-) -> Segments:
-    """Play runs in the compiled graph, at most `at_once` of them at a time."""
-    graph: Any = build_graph(engine, retriever)
-    gate = asyncio.Semaphore(at_once or len(runs))
+async def in_graph(graph: Any, runs: Sequence[Run]) -> Segments:
+    """Play all runs at once in a compiled graph."""
 
     async def one(history: Sequence[str], settings: RunSettings) -> list[Segment]:
-        async with gate:
-            state = await graph.ainvoke(
-                {"history": [f"id:{item}" for item in history]},
-                context=settings,
-                output_keys=list(_KEYS),
-            )
-            return list(state["segments"])
+        state = await graph.ainvoke(
+            {"history": [f"id:{item}" for item in history]},
+            context=settings,
+            output_keys=list(_KEYS),
+        )
+        return list(state["segments"])
 
     return list(await asyncio.gather(*(one(*run) for run in runs)))
 
 
-async def in_bare_loop(engine: Engine, retriever: Retriever, runs: Sequence[Run]) -> Segments:
+async def in_bare_loop(resources: Resources, runs: Sequence[Run]) -> Segments:
     """Play all runs at once without LangGraph."""
-    resources = Resources(engine, retriever.catalog, {}, retriever=retriever)
     played = await asyncio.gather(*(play(resources, *run) for run in runs))
     return [each.segments for each in played]
 
 
-async def in_lock_step(
-    engine: Engine, retriever: Retriever, runs: Sequence[Run], *, at_once: int
-) -> Segments:
-    """Play all runs turn by turn, at most `at_once` of their generations at a time."""
-    resources = Resources(Gate(engine, at_once), retriever.catalog, {}, retriever=retriever)
+async def in_lock_step(resources: Resources, runs: Sequence[Run]) -> Segments:
+    """Play all runs turn by turn."""
     played = await play_in_lock_step(
         resources, [history for history, _ in runs], [settings for _, settings in runs]
     )
     return [each.segments for each in played]
 
 
+def schedules(engine: Engine, retriever: Retriever) -> dict[str, Schedule]:
+    """The three over one engine. What serves all runs, such as the compiled graph, is made here."""
+    resources = Resources(engine, retriever.catalog, {}, retriever=retriever)
+    return {
+        "graph": partial(in_graph, build_graph(engine, retriever)),
+        "bare loop": partial(in_bare_loop, resources),
+        "lock-step": partial(in_lock_step, resources),
+    }
+
+
 def timed(
-    schedules: Mapping[str, Schedule],
+    names: Sequence[str],
     engine: VLLMEngine,
     retriever: Retriever,
     runs: Sequence[Run],
     rounds: int,
     console: Console,
+    *,
+    at_once: int,
 ) -> tuple[dict[str, list[dict[str, float]]], dict[str, Recorder]]:
-    """For each schedule what each of its rounds took, every other round in the other order; and the
-    generations of its last round.
+    """For each named schedule what each of its rounds took, every other round in the other order,
+    with at most `at_once` generations at a time; and the generations of its last round.
     """
-    took: dict[str, list[dict[str, float]]] = {name: [] for name in schedules}
+    took: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     records: dict[str, Recorder] = {}
     for nth in range(rounds):
-        for name in list(schedules)[:: -1 if nth % 2 else 1]:
+        for name in names[:: -1 if nth % 2 else 1]:
             records[name] = Recorder(engine)
             engine.forget_prefixes()
+            play_all = schedules(Gate(records[name], at_once), retriever)[name]
             began, cpu = time.perf_counter(), time.process_time()
-            played = asyncio.run(schedules[name](records[name], retriever, runs))
+            played = asyncio.run(play_all(runs))
             seconds = time.perf_counter() - began
             written = sum(Transcript(segments).count("policy") for segments in played)
             took[name].append(
@@ -137,16 +142,15 @@ def added_cpu(
 
     Raises DeepRecError where the two don't ask for the same generations, or write otherwise.
     """
-    engine = Replay(recorder)
-    schedules: dict[str, Schedule] = {"graph": in_graph, "bare loop": in_bare_loop}
-    spent: dict[str, list[float]] = {name: [] for name in schedules}
+    by_name = schedules(Replay(recorder), retriever)
+    spent: dict[str, list[float]] = {"graph": [], "bare loop": []}
     for nth in range(rounds + 1):
         written: list[Segments] = []
-        for name, play_all in schedules.items():
+        for name, values in spent.items():
             began = time.process_time()
-            written.append(asyncio.run(play_all(engine, retriever, runs)))
+            written.append(asyncio.run(by_name[name](runs)))
             if nth:  # the first warms up
-                spent[name].append(1000 * (time.process_time() - began) / len(runs))
+                values.append(1000 * (time.process_time() - began) / len(runs))
         if written[0] != written[1]:
             raise DeepRecError("graph and bare loop wrote different transcripts")
     return {name: median(values) for name, values in spent.items()}
@@ -193,7 +197,7 @@ def shared_prefill(calls: Sequence[Call]) -> float:
 
 def main(
     users: Annotated[int, typer.Option(min=2, help="Of the lock-step comparison.")] = 96,
-    concurrency: Annotated[int, typer.Option(min=1, help="Runs at a time in it.")] = 32,
+    concurrency: Annotated[int, typer.Option(min=1, help="Generations at a time in it.")] = 32,
     at_once: Annotated[int, typer.Option(min=2, help="Runs beside the bare loop.")] = 64,
     rounds: Annotated[int, typer.Option(min=1, help="Of each, in turns.")] = 2,
     temperature: Annotated[float, typer.Option(help="Of sampling.")] = 1.0,
@@ -231,15 +235,18 @@ def main(
             gpu_memory_utilization=settings.engine.gpu_memory_utilization,
             max_num_seqs=max(concurrency, at_once),
         )
+    keep_loaded()  # as training does
     try:
-        asyncio.run(in_bare_loop(engine, retriever, runs[:4]))  # the first generations are slow
+        first = schedules(engine, retriever)["graph"](runs[:4])
+        asyncio.run(first)  # the first generations are slow
         side, records = timed(
-            {"graph": in_graph, "bare loop": in_bare_loop},
+            ["graph", "bare loop"],
             engine,
             retriever,
             runs[:at_once],
             rounds,
             console,
+            at_once=at_once,
         )
         cpu = added_cpu(records["graph"], retriever, runs[:at_once], 4 * rounds)
         groups = Recorder(engine)
@@ -249,17 +256,15 @@ def main(
             for nth, (history, _) in enumerate(runs[:_GROUPS])
             for member in range(_GROUP)
         ]
-        asyncio.run(in_graph(groups, retriever, same))
+        asyncio.run(schedules(groups, retriever)["graph"](same))
         turns, _ = timed(
-            {
-                "graph": partial(in_graph, at_once=concurrency),
-                "lock-step": partial(in_lock_step, at_once=concurrency),
-            },
+            ["graph", "lock-step"],
             engine,
             retriever,
             runs[:users],
             rounds,
             console,
+            at_once=concurrency,
         )
     finally:
         engine.close()

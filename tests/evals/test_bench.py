@@ -13,15 +13,14 @@ from deeprec.errors import DeepRecError, EngineError
 from deeprec.evals.bench import rollouts, suite
 from deeprec.evals.bench.command import Figure, leave, machine, tell
 from deeprec.evals.bench.grpo_step import configuration, split, updated
-from deeprec.evals.bench.replay import Call, Recorder
+from deeprec.evals.bench.replay import Call, Gate, Recorder
 from deeprec.evals.bench.retrieval import fresh_requests
 from deeprec.evals.bench.rollouts import (
     added_cpu,
     faster,
     in_bare_loop,
-    in_graph,
-    in_lock_step,
     prefix_reuse,
+    schedules,
     shared_prefill,
 )
 from deeprec.evals.bench.search_scale import break_even, exact, grown, hnsw
@@ -86,11 +85,13 @@ def test_graph_bare_loop_and_lock_step_play_the_same(
     place: Workspace, runs: list[rollouts.Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     retriever = place.retriever
-    recorders = [Recorder(Scripts()) for _ in range(3)]
-    graph = asyncio.run(in_graph(recorders[0], retriever, runs, at_once=3))
-    bare = asyncio.run(in_bare_loop(recorders[1], retriever, runs))
-    lock_step = asyncio.run(in_lock_step(recorders[2], retriever, runs, at_once=2))
-    assert graph == bare == lock_step
+    names = ("graph", "bare loop", "lock-step")
+    recorders = [Recorder(Scripts()) for _ in names]
+    played = [
+        asyncio.run(schedules(Gate(recorder, 3), retriever)[name](runs))
+        for recorder, name in zip(recorders, names, strict=True)
+    ]
+    assert played[0] == played[1] == played[2]
     asked = [{call.request for call in recorder.calls} for recorder in recorders]
     assert asked[0] == asked[1] == asked[2]
     assert len(asked[0]) > 15
@@ -111,7 +112,7 @@ def test_graph_bare_loop_and_lock_step_play_the_same(
 
 
 def test_who_waits_for_whom(place: Workspace, runs: list[rollouts.Run]) -> None:
-    """In lock-step no run is a turn ahead of another; in the bare loop the quick one is."""
+    """In lock-step no run is a turn ahead of another; elsewhere the quick one is."""
 
     class Slow(Scripts):
         def __init__(self) -> None:
@@ -127,12 +128,28 @@ def test_who_waits_for_whom(place: Workspace, runs: list[rollouts.Run]) -> None:
 
     two = [runs[0], runs[3]]
     orders = []
-    for schedule in (in_bare_loop, lambda *given: in_lock_step(*given, at_once=2)):
+    for name in ("graph", "bare loop", "lock-step"):
         engine = Slow()
-        asyncio.run(schedule(engine, place.retriever, two))
-        orders.append(engine.order)
-    assert orders[0][:4] == [0, 3, 3, 3]
-    assert orders[1][:4] == [0, 3, 0, 3]
+        asyncio.run(schedules(engine, place.retriever)[name](two))
+        orders.append(engine.order[:4])
+    assert orders == [[0, 3, 3, 3], [0, 3, 3, 3], [0, 3, 0, 3]]
+
+
+def test_so_many_generations_at_a_time(place: Workspace, runs: list[rollouts.Run]) -> None:
+    class Counting(Scripts):
+        at_work = most = 0
+
+        async def generate(self, request: GenerationRequest) -> Generation:
+            self.at_work += 1
+            self.most = max(self.most, self.at_work)
+            await asyncio.sleep(0.01)
+            self.at_work -= 1
+            return await super().generate(request)
+
+    for name in ("graph", "lock-step"):
+        engine = Counting()
+        asyncio.run(schedules(Gate(engine, 2), place.retriever)[name](runs))
+        assert engine.most == 2
 
 
 def test_prefix_figures_by_hand() -> None:

@@ -1,9 +1,11 @@
+import gc
 import os
 import shutil
 import socket
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
@@ -299,6 +301,39 @@ def test_updated_items_are_found_by_hnsw(here: CatalogSettings):
         catalog.remove(["id4"])
         assert found_by(catalog, vectors * 100, 1)[0][0][0] == "id3"
         assert found_by(catalog, made_vectors()[1][4:5], 1)[0][0][0] != "id4"
+
+
+def test_an_old_snapshot_goes_with_its_last_reference(catalog: Catalog):
+    """No cycle holds it until a full collection, which may never come (tools/loading.py)."""
+    gc.disable()
+    try:
+        old = weakref.ref(catalog.snapshot)
+        now = catalog.snapshot
+        now.allowed({"id3"}, Filters.parse({"genres": ["Drama"]}))
+        assert now.shown_attributes(now.position("id4"))
+        assert now.titles[0]
+        assert now.title_index
+        del now
+        catalog.remove(["id3"])
+        assert old() is None
+    finally:
+        gc.enable()
+
+
+def test_what_is_allowed_is_what_is_neither_excluded_nor_filtered_out(catalog: Catalog):
+    rng = np.random.default_rng(0)
+    now = catalog.snapshot
+    for size in (0, 1, 40):
+        excluded = frozenset(now.ids[at] for at in rng.choice(SIZE, size)) | {"of another catalog"}
+        for filters in (Filters(), Filters.parse({"genres": ["Drama"]})):
+            may = now.allowed(excluded, filters)
+            asked = np.sort(rng.choice(SIZE, 300))[::-1].copy()
+            fits = [not filters or "Drama" in now.items[at].attributes["genres"] for at in asked]
+            expected = [
+                fit and now.ids[at] not in excluded for at, fit in zip(asked, fits, strict=True)
+            ]
+            assert may.of(asked).tolist() == expected
+            assert may.count == may.of(np.arange(SIZE)).sum()
 
 
 def test_a_snapshot_stays_as_it_was(catalog: Catalog):

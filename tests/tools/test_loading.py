@@ -4,7 +4,7 @@ import gc
 
 import pytest
 
-from deeprec.tools.loading import uncollected
+from deeprec.tools.loading import keep_loaded, uncollected
 
 
 def test_collection_is_off_inside_and_back_after_an_error() -> None:
@@ -24,3 +24,12 @@ def test_within_another_it_stays_off() -> None:
             pass
         assert not gc.isenabled()
     assert gc.isenabled()
+
+
+def test_what_is_kept_is_not_looked_through_again() -> None:
+    before = gc.get_freeze_count()
+    try:
+        keep_loaded()
+        assert gc.get_freeze_count() > before + 10_000
+    finally:
+        gc.unfreeze()
