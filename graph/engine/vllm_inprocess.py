@@ -12,7 +12,7 @@ import itertools
 import os
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from ...errors import EngineError
 from .base import Engine, Finish, Generation, GenerationRequest, LoopThread
@@ -31,6 +31,7 @@ from .weight_sync import SyncWorker, handed_over
 if TYPE_CHECKING:
     from torch import Tensor
     from vllm import CompletionOutput, SamplingParams
+    from vllm.logprobs import FlatLogprobs
     from vllm.v1.engine.async_llm import AsyncLLM
 
 
@@ -143,8 +144,8 @@ class VLLMEngine(Engine):
             async for output in outputs:  # one, or piece by piece where somebody listens
                 last, cached = output.outputs[0], output.num_cached_tokens
                 ids += last.token_ids
-                sampled = zip(last.logprobs or (), last.token_ids, strict=True)
-                logprobs += (at[token].logprob for at, token in sampled)
+                sampled = cast("FlatLogprobs | None", last.logprobs)
+                logprobs += sampled.logprobs if sampled else ()
                 if request.on_text is not None and last.text:
                     request.on_text(last.text)
         except Exception as error:  # the boundary: vLLM's errors have no common base
@@ -213,7 +214,8 @@ def _sampling_params(request: GenerationRequest) -> SamplingParams:
         seed=request.seed,
         stop=list(request.stop),
         include_stop_str_in_output=True,  # else text is held back in case it becomes one
-        logprobs=0,
+        logprobs=0,  # of the sampled token alone
+        flat_logprobs=True,  # one list; else two objects a token, for the collector to look through
         structured_outputs=guided,
         skip_special_tokens=False,
         output_kind=RequestOutputKind.DELTA if request.on_text else RequestOutputKind.FINAL_ONLY,
