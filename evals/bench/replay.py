@@ -5,6 +5,7 @@ takes so many generations at a time.
 from __future__ import annotations
 
 import asyncio
+import time
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -21,23 +22,29 @@ class Call:
 
 
 class Recorder(Engine):
-    """Keeps the calls of an engine. Closing it leaves the engine open."""
+    """Keeps the calls of an engine, and the seconds that they took, summed.
+
+    Closing it leaves the engine open.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self.name, self.max_model_len = engine.name, engine.max_model_len
         self.tokenizer = engine.tokenizer
         self.calls: list[Call] = []
+        self.seconds = 0.0
 
     def submit(self, request: GenerationRequest) -> Future[Generation]:
         """See Engine.submit."""
+        began = time.perf_counter()
         future = self._engine.submit(request)
-        future.add_done_callback(lambda done: self._keep(request, done))
+        future.add_done_callback(lambda done: self._keep(request, done, began))
         return future
 
-    def _keep(self, request: GenerationRequest, done: Future[Generation]) -> None:
+    def _keep(self, request: GenerationRequest, done: Future[Generation], began: float) -> None:
         if not done.cancelled() and done.exception() is None:
             self.calls.append(Call(request, done.result()))
+            self.seconds += time.perf_counter() - began
 
     def close(self) -> None:
         """Nothing to let go of."""

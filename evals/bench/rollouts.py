@@ -114,6 +114,7 @@ def timed(
                 {
                     "seconds": seconds,
                     "trajectories_per_second": len(runs) / seconds,
+                    "under_way": records[name].seconds / seconds,
                     "policy_tokens": written,
                     "tokens_per_second": written / seconds,
                     "cpu_ms_a_run": 1000 * (time.process_time() - cpu) / len(runs),
@@ -288,6 +289,13 @@ def main(
         Figure(
             "the same by tokens, as what is drawn depends on who shares a batch",
             faster(turns, "graph", "lock-step", by="tokens_per_second"),
+        ),
+        *(
+            Figure(
+                f"generations under way on average, {name}",
+                median(each["under_way"] for each in of_name),
+            )
+            for name, of_name in turns.items()
         ),
         Figure("CPU of a run in the bare loop, engine apart", cpu["bare loop"], "ms"),
         Figure(

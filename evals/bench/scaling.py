@@ -3,7 +3,8 @@
 A roofline: a decoding step reads weights and KV cache from memory and computes products, whatever
 takes longer, and never takes less than the engine's own work of a step; reading prompts and
 retrieved lists is bound by products. Memory and products reach a share of what the datasheet
-promises (`efficiency`). Nothing here was measured but the tokens of a run: estimates to plan by.
+promises (`efficiency`). Nothing here was measured but the tokens of a run and the CPU time beside
+it: estimates to plan by.
 """
 
 from __future__ import annotations
@@ -109,15 +110,18 @@ def search_seconds(items: float, memory_bandwidth: float) -> float:
 
 
 def main(
-    prompt: Annotated[float, typer.Option(help="Tokens of a prompt.")] = 372,
-    written: Annotated[float, typer.Option(help="Tokens that a run's LLM writes.")] = 194,
-    environment: Annotated[float, typer.Option(help="Tokens of its retrieved lists.")] = 245,
+    prompt: Annotated[float, typer.Option(help="Tokens of a prompt.")] = 376,
+    written: Annotated[float, typer.Option(help="Tokens that a run's LLM writes.")] = 216,
+    environment: Annotated[float, typer.Option(help="Tokens of its retrieved lists.")] = 275,
     efficiency: Annotated[
         float, typer.Option(min=0.01, max=1, help="Share of the datasheet's figures.")
     ] = 0.3,
     step_floor: Annotated[
         float, typer.Option(min=0, help="Least seconds of a decoding step of 256 rows.")
     ] = 0.01,
+    cpu: Annotated[
+        float, typer.Option(help="CPU seconds of a run in the graph's process, vLLM's front too.")
+    ] = 0.09,
     price: Annotated[float, typer.Option(help="Of a GPU hour, dollars.")] = 3.0,
     peak: Annotated[float, typer.Option(min=1, help="Busiest hour over the mean.")] = 3.0,
     host_bandwidth: Annotated[
@@ -129,7 +133,10 @@ def main(
     run = Run(prompt, written, environment)
     console.print(f"\n{H100.name}, {efficiency:.0%} of its datasheet, runs of {run}\n")
     gpus, users = (1, 8, 64), (1e4, 1e6, 1e8)
-    served = Table("LLM", "runs at once", "runs/s a GPU", *(f"users a day, {n}" for n in gpus))
+    served = Table(
+        *("LLM", "runs at once", "runs/s a GPU", "cores beside it"),
+        *(f"users a day, {n}" for n in gpus),
+    )
     needed = Table("LLM", *(f"{n:.0e} users a day" for n in users))
     for model in MODELS:
         per_second = runs_per_second(model, run, H100, efficiency, step_floor)
@@ -143,6 +150,7 @@ def main(
             model.name,
             str(rows_at_once(model, run, H100)),
             f"{per_second:.1f}",
+            f"{per_second * cpu:.1f}",
             *(f"{n * a_day:.1e}" for n in gpus),
         )
         needed.add_row(

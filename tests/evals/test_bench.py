@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import threading
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -150,6 +152,22 @@ def test_so_many_generations_at_a_time(place: Workspace, runs: list[rollouts.Run
         engine = Counting()
         asyncio.run(schedules(Gate(engine, 2), place.retriever)[name](runs))
         assert engine.most == 2
+
+
+def test_seconds_of_generations_add_up() -> None:
+    class Late(Scripts):
+        def submit(self, request: GenerationRequest) -> Future[Generation]:
+            future: Future[Generation] = Future()
+            threading.Timer(0.1, future.set_result, [Generation((1,), (0.0,), "eos")]).start()
+            return future
+
+    async def two(engine: Engine) -> None:
+        request = GenerationRequest(prompt_ids=(1,), max_tokens=9)
+        await asyncio.gather(engine.generate(request), engine.generate(request))
+
+    recorder = Recorder(Late())
+    asyncio.run(two(recorder))
+    assert 0.2 <= recorder.seconds < 2
 
 
 def test_prefix_figures_by_hand() -> None:
