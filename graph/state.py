@@ -311,12 +311,12 @@ def add_counts(left: dict[str, float], right: dict[str, float]) -> dict[str, flo
 class Routing(TypedDict, total=False):
     """Of the state what decides where a run goes next."""
 
-    run: dict[str, Any]  # RunSettings of this run, dumped
+    run: dict[str, Any]  # RunSettings of this run, dumped; made by read_request
     next_node: Literal["call_trm", "rank"]
     stop_reason: StopReason | None
 
 
-class State(TypedDict, total=False):
+class State(Routing, total=False):
     """What nodes hand on. Plain data only; see Segment for how tokens are kept."""
 
     # the request, as RecommendationRequest names it; gone after read_request, so that a second
@@ -328,7 +328,6 @@ class State(TypedDict, total=False):
     wishes: Annotated[list[str], EphemeralValue]
     limits: Annotated[Limits | None, EphemeralValue]
     # made by read_request
-    run: dict[str, Any]  # RunSettings of this run, dumped
     model: str  # name of the engine's model
     user: str | None  # the known user, whose memory is kept
     history_ids: list[str]
@@ -344,9 +343,7 @@ class State(TypedDict, total=False):
     segments: Annotated[list[Segment], operator.add]
     turns: Annotated[list[dict[str, Any]], operator.add]  # Turn, dumped
     counts: Annotated[dict[str, float], add_counts]  # generations, seconds
-    next_node: Literal["call_trm", "rank"]
     pending: dict[str, Any] | None  # thought and preference that call_trm is to answer
-    stop_reason: StopReason | None
     failure: dict[str, Any] | None
     # made by rank, as RecommendationResponse names it
     recommendations: list[dict[str, Any]]

@@ -25,8 +25,8 @@ def keep_loaded() -> None:
     """Let the garbage collector leave alone from now on what has been loaded by now.
 
     A full collection looks through all of it while every run stands still: half a second and more
-    for libraries and models (docs/speed.md). What is kept so is freed only by its last reference:
-    not for what will be replaced and refers to itself, such as a trainer.
+    for libraries and models (docs/experiments.md). What is kept so is freed only by its last
+    reference: not for what will be replaced and refers to itself, such as a trainer.
     """
     gc.collect()
     gc.freeze()

@@ -16,6 +16,7 @@ from langgraph.graph import END, START
 
 from ...errors import HeadError, RequestError
 from ...settings import Settings, load_settings
+from ...tools.loading import keep_loaded
 from ...tools.workspace import Workspace
 from ..app import load_engine, run_settings
 from ..build import Node, Reading, opened, reading, sealed
@@ -121,7 +122,11 @@ def _head_of(settings: Settings) -> Path:
 @lru_cache(maxsize=1)
 def _loaded() -> CompiledStateGraph[Any, Any, Any, Any]:
     settings = load_settings()
-    return _refusing() if settings.head is None else load_r2ec_graph(Workspace(settings))
+    if settings.head is None:
+        return _refusing()
+    agent = load_r2ec_graph(Workspace(settings))
+    keep_loaded()
+    return agent
 
 
 def _refusing() -> CompiledStateGraph[Any, Any, Any, Any]:

@@ -1,6 +1,7 @@
 """The demo, the commands and the server's graph, to the end, over the real LLM in vLLM."""
 
 import asyncio
+import gc
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -119,7 +120,12 @@ def test_the_servers_graph_is_loaded_once(workspace: Workspace) -> None:
         return list(await asyncio.gather(app.served(), app.served()))
 
     app._loaded.cache_clear()
-    one, other = asyncio.run(twice())
+    kept = gc.get_freeze_count()
+    try:
+        one, other = asyncio.run(twice())
+        assert gc.get_freeze_count() > kept
+    finally:
+        gc.unfreeze()
     assert one is other is app.graph()
     limits = {"max_retrievals": 1, "min_retrievals": 1, "time_budget_s": 30}
     answer = app.graph().invoke({"user_id": "u3", "k": 2, "limits": limits})
