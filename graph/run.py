@@ -37,7 +37,7 @@ class Step:
         self.settings = RunSettings.model_validate(state["run"])
         self._engine = engine
         self._old = list(state.get("segments", ()))
-        self._length = len(Transcript(self._old))
+        self._ids = Transcript(self._old).ids
         self._started = time.monotonic()
         spent = float(state.get("counts", {}).get("seconds", 0.0))
         self._spent = spent - state.get("round_began", {}).get("seconds", 0.0)
@@ -61,7 +61,7 @@ class Step:
     def room(self, *, reserve: int = 0) -> int:
         """Tokens that may still be added to the transcript, `reserve` of them left out."""
         total = min(self.limits.max_total_tokens, self._engine.max_model_len)
-        return total - self._length - reserve
+        return total - len(self._ids) - reserve
 
     def check_time(self) -> float | None:
         """Seconds that are left, None where there is no budget. Raises LimitReachedError."""
@@ -89,15 +89,15 @@ class Step:
         room = self.room(reserve=reserve)
         if room < MIN_GENERATION:
             raise LimitReachedError(
-                "trajectory_length", f"{self._length} tokens leave no room for another generation"
+                "trajectory_length", f"{len(self._ids)} tokens leave no room for another generation"
             )
         bounds = (max_tokens, room, None if constraint else self.limits.max_new_tokens)
         request = GenerationRequest(
-            prompt_ids=tuple(self.transcript.ids),
+            prompt_ids=tuple(self._ids),
             max_tokens=min(bound for bound in bounds if bound is not None),
             temperature=self.settings.temperature,
             top_p=self.settings.top_p,
-            seed=generation_seed(self.settings, self._length),
+            seed=generation_seed(self.settings, len(self._ids)),
             stop=stop,
             constraint=constraint,
         )
@@ -160,7 +160,7 @@ class Step:
         self, author: Author, ids: tuple[int, ...], logprobs: tuple[float, ...] | None
     ) -> None:
         self.segments.append(segment(author, ids, logprobs))
-        self._length += len(ids)
+        self._ids.extend(ids)
 
 
 def generation_seed(settings: RunSettings, tokens: int) -> int | None:

@@ -7,8 +7,8 @@ text; prompt_ids, completion_ids, logprobs and env_mask are read off.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Literal, TypedDict
+from collections.abc import Collection, Iterable, Sequence
+from typing import TYPE_CHECKING, Literal, TypedDict, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,8 @@ lists and refusals. user: what the user said after an answer, which opens a new 
 
 HEARD: frozenset[Author] = frozenset({"environment", "user"})
 """Who speaks to the policy during a run."""
+
+T = TypeVar("T")
 
 _IDS = np.dtype("<i4")
 _LOGPROBS = np.dtype("<f4")
@@ -136,10 +138,9 @@ def pieces(
     For people and parsers only. `since_list` leaves out everything up to the last thing that the
     environment or the user wrote.
     """
-    segments = [item for item in transcript.segments if item["author"] != "prompt"]
+    segments: Sequence[Segment] = [s for s in transcript.segments if s["author"] != "prompt"]
     if since_list:
-        marks = [at for at, item in enumerate(segments) if item["author"] in HEARD]
-        segments = segments[marks[-1] + 1 :] if marks else segments
+        segments = _after_last(HEARD, segments, [item["author"] for item in segments])
     joined: list[tuple[Author, list[int]]] = []
     eos = tokenizer.eos_token_id  # looked up at each asking, which takes long
     for item in segments:
@@ -162,11 +163,18 @@ def pieces(
 
 def said_last(pieces: Sequence[tuple[Author, str]]) -> str:
     """Text of the pieces after the last that the environment or the user wrote."""
-    heard = [at for at, (author, _) in enumerate(pieces) if author in HEARD]
-    return "".join(text for _, text in pieces[heard[-1] + 1 if heard else 0 :])
+    said = _after_last(HEARD, pieces, [author for author, _ in pieces])
+    return "".join(text for _, text in said)
 
 
 def last_round(pieces: Sequence[tuple[Author, str]]) -> Sequence[tuple[Author, str]]:
     """Pieces since the user last sent an answer back; all where that never happened."""
-    said = [at for at, (author, _) in enumerate(pieces) if author == "user"]
-    return pieces[said[-1] + 1 :] if said else pieces
+    return _after_last({"user"}, pieces, [author for author, _ in pieces])
+
+
+def _after_last(
+    who: Collection[Author], said: Sequence[T], authors: Sequence[Author]
+) -> Sequence[T]:
+    """What came after the last of `who`; all where none of them spoke. `authors` are of `said`."""
+    marks = [at for at, author in enumerate(authors) if author in who]
+    return said[marks[-1] + 1 :] if marks else said
