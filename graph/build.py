@@ -122,12 +122,12 @@ def build_graph(
     graph.add_edge(START, "read_request")
     graph.add_edge("read_request", "think")
     graph.add_conditional_edges(
-        "think", _Route(after_thinking), ["review_search", "call_trm", "rank"]
+        "think", Route(after_thinking), ["review_search", "call_trm", "rank"]
     )
-    graph.add_conditional_edges("review_search", _Route(after_search_review), ["call_trm", "rank"])
-    graph.add_conditional_edges("call_trm", _Route(after_retrieval), ["think", "rank"])
-    graph.add_conditional_edges("rank", _Route(after_ranking), ["review_answer", END])
-    graph.add_conditional_edges("review_answer", _Route(after_answer_review), ["think", END])
+    graph.add_conditional_edges("review_search", Route(after_search_review), ["call_trm", "rank"])
+    graph.add_conditional_edges("call_trm", Route(after_retrieval), ["think", "rank"])
+    graph.add_conditional_edges("rank", Route(after_ranking), ["review_answer", END])
+    graph.add_conditional_edges("review_answer", Route(after_answer_review), ["think", END])
     compiled = sealed(graph, "deeprec", checkpointer=checkpointer, store=store)
     # A turn takes up to three steps; LangGraph's default of 25 would cut a run of many turns.
     return compiled.with_config(recursion_limit=3 * MAX_RETRIEVALS + 8)
@@ -244,15 +244,17 @@ class Reading(RunnableLambda[State, dict[str, Any]]):
         return self.func(input)
 
 
-class _Route(RunnableLambda[Routing, str]):
+class Route(RunnableLambda[Routing, str]):
     """Where a run goes after a node; decided on the spot, where a plain function would be given to
     a thread and traced.
     """
 
     def invoke(self, input: Routing, config: RunnableConfig | None = None, **_: Any) -> str:
+        """See Runnable."""
         return str(self.func(input))
 
     async def ainvoke(self, input: Routing, config: RunnableConfig | None = None, **_: Any) -> str:
+        """See Runnable."""
         return str(self.func(input))
 
 

@@ -2,7 +2,9 @@
 
 Reads a prepared workspace (`make demo` makes one); the policy is the shipped adapter, or the
 settings' adapter. All play the same prompts with the same sampling seeds and limits, in turns and
-with an empty prefix cache; turn lengths are those that the policy writes. What the graph adds to a
+with an empty prefix cache; turn lengths are those that the policy writes. Lock-step is played in
+batches of runs, each to its end, and with all runs at once, where generations of one turn wait for
+each other's places; the graph has as many runs, or generations, under way. What the graph adds to a
 run is measured with an engine that says at once what was recorded, in CPU time of this process (the
 LLM computes in another). Prefix reuse is what vLLM tells of each generation.
 """
@@ -34,6 +36,7 @@ from ...tools.retriever import Retriever
 from ...tools.workspace import Workspace
 from .bare_loop import play, play_in_lock_step
 from .command import OUTPUT, TRAINED, Figure, machine, run_benchmark, tell
+from .idle_graph import idle_graph
 from .replay import Call, Gate, Recorder, Replay
 
 # What a trajectory is made of: what rollouts have the graph give.
@@ -48,15 +51,17 @@ Segments = list[list[Segment]]
 Schedule = Callable[[Sequence[Run]], Coroutine[Any, Any, Segments]]
 
 
-async def in_graph(graph: Any, runs: Sequence[Run]) -> Segments:
-    """Play all runs at once in a compiled graph."""
+async def in_graph(graph: Any, runs: Sequence[Run], *, at_once: int | None = None) -> Segments:
+    """Play runs in a compiled graph, all at once or `at_once` of them: as one ends one begins."""
+    free = asyncio.Semaphore(at_once or len(runs))
 
     async def one(history: Sequence[str], settings: RunSettings) -> list[Segment]:
-        state = await graph.ainvoke(
-            {"history": [f"id:{item}" for item in history]},
-            context=settings,
-            output_keys=list(_KEYS),
-        )
+        async with free:
+            state = await graph.ainvoke(
+                {"history": [f"id:{item}" for item in history]},
+                context=settings,
+                output_keys=list(_KEYS),
+            )
         return list(state["segments"])
 
     return list(await asyncio.gather(*(one(*run) for run in runs)))
@@ -68,21 +73,31 @@ async def in_bare_loop(resources: Resources, runs: Sequence[Run]) -> Segments:
     return [each.segments for each in played]
 
 
-async def in_lock_step(resources: Resources, runs: Sequence[Run]) -> Segments:
-    """Play all runs turn by turn."""
-    played = await play_in_lock_step(
-        resources, [history for history, _ in runs], [settings for _, settings in runs]
-    )
-    return [each.segments for each in played]
+async def in_lock_step(
+    resources: Resources, runs: Sequence[Run], *, at_once: int | None = None
+) -> Segments:
+    """Play runs turn by turn, all of them or in batches of `at_once`, one after the other."""
+    played: Segments = []
+    width = at_once or len(runs)
+    for start in range(0, len(runs), width):
+        histories, settings = zip(*runs[start : start + width], strict=True)
+        ended = await play_in_lock_step(resources, histories, settings)
+        played += [each.segments for each in ended]
+    return played
 
 
-def schedules(engine: Engine, retriever: Retriever) -> dict[str, Schedule]:
-    """The three over one engine. What serves all runs, such as the compiled graph, is made here."""
+def schedules(
+    engine: Engine, retriever: Retriever, *, at_once: int | None = None
+) -> dict[str, Schedule]:
+    """All over one engine. What serves all runs, such as the compiled graph, is made here.
+
+    With `at_once` no more runs than that are under way in the graph and in lock-step.
+    """
     resources = Resources(engine, retriever.catalog, {}, retriever=retriever)
     return {
-        "graph": partial(in_graph, build_graph(engine, retriever)),
+        "graph": partial(in_graph, build_graph(engine, retriever), at_once=at_once),
         "bare loop": partial(in_bare_loop, resources),
-        "lock-step": partial(in_lock_step, resources),
+        "lock-step": partial(in_lock_step, resources, at_once=at_once),
     }
 
 
@@ -95,9 +110,10 @@ def timed(
     console: Console,
     *,
     at_once: int,
+    whole_runs: bool = False,
 ) -> tuple[dict[str, list[dict[str, float]]], dict[str, Recorder]]:
     """For each named schedule what each of its rounds took, every other round in the other order,
-    with at most `at_once` generations at a time; and the generations of its last round.
+    with at most `at_once` generations (or `whole_runs`) at a time; and what its last generated.
     """
     took: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     records: dict[str, Recorder] = {}
@@ -105,7 +121,11 @@ def timed(
         for name in names[:: -1 if nth % 2 else 1]:
             records[name] = Recorder(engine)
             engine.forget_prefixes()
-            play_all = schedules(Gate(records[name], at_once), retriever)[name]
+            play_all = (
+                schedules(records[name], retriever, at_once=at_once)
+                if whole_runs
+                else schedules(Gate(records[name], at_once), retriever)
+            )[name]
             began, cpu = time.perf_counter(), time.process_time()
             played = asyncio.run(play_all(runs))
             seconds = time.perf_counter() - began
@@ -136,25 +156,68 @@ def faster(
     return median(a[by] / b[by] for a, b in pairs)
 
 
+def against_lock_step(
+    took: Mapping[str, list[dict[str, float]]], how: str, bar: float
+) -> list[Figure]:
+    """What `timed` says of graph and lock-step; `how` tells what is under way at a time."""
+    return [
+        Figure(f"graph to lock-step, {how}", faster(took, "graph", "lock-step"), at_least=bar),
+        Figure(
+            "the same by tokens, as what is drawn depends on who shares a batch",
+            faster(took, "graph", "lock-step", by="tokens_per_second"),
+        ),
+        *(
+            Figure(
+                f"generations under way on average, {name}",
+                median(each["under_way"] for each in of_name),
+            )
+            for name, of_name in took.items()
+        ),
+    ]
+
+
 def added_cpu(
     recorder: Recorder, retriever: Retriever, runs: Sequence[Run], rounds: int
 ) -> dict[str, float]:
     """Milliseconds of CPU a run, in the graph and without it, where the engine answers at once.
 
-    Raises DeepRecError where the two don't ask for the same generations, or write otherwise.
+    "idle graph" is the graph's number of steps with nothing to do in them. Raises DeepRecError
+    where graph and bare loop don't ask for the same generations, or write otherwise.
     """
     by_name = schedules(Replay(recorder), retriever)
-    spent: dict[str, list[float]] = {"graph": [], "bare loop": []}
+    idle = idle_graph()
+    spent: dict[str, list[float]] = {"graph": [], "bare loop": [], "idle graph": []}
     for nth in range(rounds + 1):
-        written: list[Segments] = []
+        written: dict[str, Segments] = {}
         for name, values in spent.items():
+            searches = [
+                sum(part["author"] == "environment" for part in segments)
+                for segments in written.get("graph", ())
+            ]
             began = time.process_time()
-            written.append(asyncio.run(by_name[name](runs)))
+            if name == "idle graph":
+                asyncio.run(_in_idle_graph(idle, runs, searches))
+            else:
+                written[name] = asyncio.run(by_name[name](runs))
             if nth:  # the first warms up
                 values.append(1000 * (time.process_time() - began) / len(runs))
-        if written[0] != written[1]:
+        if written["graph"] != written["bare loop"]:
             raise DeepRecError("graph and bare loop wrote different transcripts")
     return {name: median(values) for name, values in spent.items()}
+
+
+async def _in_idle_graph(graph: Any, runs: Sequence[Run], searches: Sequence[int]) -> None:
+    """Take as many steps as these runs took."""
+    await asyncio.gather(
+        *(
+            graph.ainvoke(
+                {"history": [f"id:{item}" for item in history], "k": made + 1},
+                context=settings,
+                output_keys=list(_KEYS),
+            )
+            for (history, settings), made in zip(runs, searches, strict=True)
+        )
+    )
 
 
 def prefix_reuse(calls: Sequence[Call]) -> dict[str, float]:
@@ -197,8 +260,10 @@ def shared_prefill(calls: Sequence[Call]) -> float:
 
 
 def main(
-    users: Annotated[int, typer.Option(min=2, help="Of the lock-step comparison.")] = 96,
-    concurrency: Annotated[int, typer.Option(min=1, help="Generations at a time in it.")] = 32,
+    users: Annotated[int, typer.Option(min=2, help="Runs beside lock-step.")] = 96,
+    concurrency: Annotated[
+        int, typer.Option(min=1, help="Of them, runs or generations at a time.")
+    ] = 32,
     at_once: Annotated[int, typer.Option(min=2, help="Runs beside the bare loop.")] = 64,
     rounds: Annotated[int, typer.Option(min=1, help="Of each, in turns.")] = 2,
     temperature: Annotated[float, typer.Option(help="Of sampling.")] = 1.0,
@@ -258,7 +323,8 @@ def main(
             for member in range(_GROUP)
         ]
         asyncio.run(schedules(groups, retriever)["graph"](same))
-        turns, _ = timed(
+        beside_lock_step = partial(
+            timed,
             ["graph", "lock-step"],
             engine,
             retriever,
@@ -267,6 +333,8 @@ def main(
             console,
             at_once=concurrency,
         )
+        by_batches, _ = beside_lock_step(whole_runs=True)
+        refilled, _ = beside_lock_step() if concurrency < users else ({}, {})
     finally:
         engine.close()
         retriever.close()
@@ -281,26 +349,23 @@ def main(
             faster(side, "graph", "bare loop"),
             at_least=0.97,
         ),
-        Figure(
-            f"graph to lock-step, {users} runs, {concurrency} at a time",
-            faster(turns, "graph", "lock-step"),
-            at_least=lock_step_bar,
-        ),
-        Figure(
-            "the same by tokens, as what is drawn depends on who shares a batch",
-            faster(turns, "graph", "lock-step", by="tokens_per_second"),
+        *against_lock_step(
+            by_batches, f"{users} runs, {concurrency} of them at a time", lock_step_bar
         ),
         *(
-            Figure(
-                f"generations under way on average, {name}",
-                median(each["under_way"] for each in of_name),
+            against_lock_step(
+                refilled,
+                f"{users} runs at once, {concurrency} generations at a time",
+                lock_step_bar,
             )
-            for name, of_name in turns.items()
+            if refilled
+            else ()
         ),
         Figure("CPU of a run in the bare loop, engine apart", cpu["bare loop"], "ms"),
         Figure(
             "CPU that the graph adds to a run", cpu["graph"] - cpu["bare loop"], "ms", at_most=3
         ),
+        Figure("LangGraph's own: as many steps that do nothing", cpu["idle graph"], "ms"),
         Figure(
             "prompt tokens after the first turn from the prefix cache",
             100 * reuse["of_prompts"],
@@ -319,7 +384,8 @@ def main(
     details = {
         "settings": chosen.model_dump(mode="json"),
         "beside the bare loop": side,
-        "beside lock-step": turns,
+        "beside lock-step, so many runs at a time": by_batches,
+        "beside lock-step, so many generations at a time": refilled,
         "prefix reuse": reuse,
         "cpu_ms_a_run": cpu,
     }

@@ -15,6 +15,7 @@ from deeprec.errors import DeepRecError, EngineError
 from deeprec.evals.bench import rollouts, suite
 from deeprec.evals.bench.command import Figure, leave, machine, tell
 from deeprec.evals.bench.grpo_step import configuration, split, updated
+from deeprec.evals.bench.idle_graph import idle_graph
 from deeprec.evals.bench.replay import Call, Gate, Recorder
 from deeprec.evals.bench.retrieval import fresh_requests
 from deeprec.evals.bench.rollouts import (
@@ -27,6 +28,7 @@ from deeprec.evals.bench.rollouts import (
 )
 from deeprec.evals.bench.search_scale import break_even, exact, grown, hnsw
 from deeprec.evals.bench.trm_training import figures as training_figures
+from deeprec.graph.build import build_graph
 from deeprec.graph.engine.base import Engine, Generation, GenerationRequest
 from deeprec.graph.state import Limits, RunSettings
 from deeprec.tools.workspace import Workspace
@@ -135,6 +137,31 @@ def test_who_waits_for_whom(place: Workspace, runs: list[rollouts.Run]) -> None:
         asyncio.run(schedules(engine, place.retriever)[name](two))
         orders.append(engine.order[:4])
     assert orders == [[0, 3, 3, 3], [0, 3, 3, 3], [0, 3, 0, 3]]
+    three = [*two, runs[4]]
+    places = {}
+    for name in ("graph", "lock-step"):
+        engine = Slow()
+        asyncio.run(schedules(engine, place.retriever, at_once=2)[name](three))
+        last = {run: nth for nth, run in enumerate(engine.order)}
+        places[name] = (last[3], engine.order.index(4), last[0])
+    quick_ends, begins, slow_ends = places["graph"]
+    assert quick_ends < begins < slow_ends
+    quick_ends, begins, slow_ends = places["lock-step"]
+    assert quick_ends < slow_ends < begins  # the slowest of the batch
+
+
+def test_the_idle_graph_takes_the_same_steps(place: Workspace, runs: list[rollouts.Run]) -> None:
+    async def steps(graph: Any, request: dict[str, Any], settings: RunSettings) -> list[str]:
+        told = graph.astream(request, context=settings, stream_mode="updates")
+        return [name async for update in told for name in update]
+
+    graph = build_graph(Scripts(), place.retriever)
+    for nth, searches in ((0, 3), (1, 1), (2, 0)):
+        history, settings = runs[nth]
+        real = {"history": [f"id:{item}" for item in history]}
+        taken = asyncio.run(steps(graph, real, settings))
+        assert taken.count("call_trm") == searches
+        assert asyncio.run(steps(idle_graph(), {**real, "k": searches + 1}, settings)) == taken
 
 
 def test_so_many_generations_at_a_time(place: Workspace, runs: list[rollouts.Run]) -> None:
