@@ -63,6 +63,7 @@ class RecPOTrainer:
         folder: of the run; trajectories, checkpoint and log.
         model: name of the policy.
         users_per_step, group_size: users of a step, chains of each.
+        at_once: chains under way at the same time.
         updates: optimiser steps that a step's runs are used for; from the second on clipping binds.
         refresh_every: steps after which all item states are computed anew.
         learning_rates: of the LLM and of the head.
@@ -87,6 +88,7 @@ class RecPOTrainer:
         model: str,
         users_per_step: int,
         group_size: int,
+        at_once: int,
         updates: int,
         refresh_every: int,
         learning_rates: tuple[float, float],
@@ -106,6 +108,7 @@ class RecPOTrainer:
         self._model = model
         self._users = users_per_step
         self._group = group_size
+        self._at_once = at_once
         self._updates = updates
         self._refresh_every = refresh_every
         self._max_grad_norm = max_grad_norm
@@ -154,6 +157,7 @@ class RecPOTrainer:
                 self._settings,
                 self._ranker.backbone.tokenizer,
                 group_size=self._group,
+                at_once=self._at_once,
                 seed=self._seed,
                 step=step,
                 model=self._model,

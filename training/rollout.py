@@ -1,8 +1,9 @@
 """Rollouts: what TRL calls to have prompts completed, as runs of the compiled graph.
 
 Each step hands the policy's new weights to the engine, plays every example of the step in the
-graph at once, rewards the runs, keeps them as a part of the run's folder, and returns tokens,
-logprobs and masks exactly as the engine and the environment wrote them.
+graph, as many runs at once as the engine decodes, rewards the runs, keeps them as a part of the
+run's folder, and returns tokens, logprobs and masks exactly as the engine and the environment wrote
+them.
 """
 
 from __future__ import annotations
@@ -90,6 +91,7 @@ class Rollouts:
         model: name of the policy.
         group_size: runs of a prompt. Where TRL asks for fewer rows of it, those go back whose
             rewards vary most.
+        at_once: runs under way at the same time.
         seed: of sampling.
         shuffle_rewards: deal a step's rewards out at random: the control that must not learn.
         by_progress: also give each token a baseline of its own (training/progress.py).
@@ -108,6 +110,7 @@ class Rollouts:
         folder: Path,
         model: str,
         group_size: int,
+        at_once: int,
         seed: int,
         shuffle_rewards: bool = False,
         by_progress: bool = False,
@@ -123,6 +126,7 @@ class Rollouts:
         self._folder = folder
         self._model = model
         self._group_size = group_size
+        self._at_once = at_once
         self._seed = seed
         self._shuffle = shuffle_rewards
         self._by_progress = by_progress
@@ -152,6 +156,7 @@ class Rollouts:
                 self._settings,
                 self._tokenizer,
                 group_size=self._group_size,
+                at_once=self._at_once,
                 seed=self._seed,
                 step=step,
                 model=self._model,
@@ -221,20 +226,25 @@ async def play_step(
     tokenizer: PreTrainedTokenizerBase,
     *,
     group_size: int,
+    at_once: int,
     seed: int,
     step: int,
     model: str,
     fingerprint: str,
 ) -> list[Trajectory]:
-    """Play a step's prompts at once, each `group_size` times; a group's runs stand together.
+    """Play a step's prompts, each `group_size` times; a group's runs stand together.
 
-    Each run has a seed of its own, by `seed`, `step` and its place.
+    They begin in order, `at_once` of them under way: more than the engine decodes would wait for
+    each other at every turn, and push each other's transcripts out of its prefix cache. Each run
+    has a seed of its own, by `seed`, `step` and its place.
     """
+    free = asyncio.Semaphore(at_once)
     runs = []
     for nth, prompt in enumerate(prompt for prompt in prompts for _ in range(group_size)):
         own = np.random.SeedSequence([seed, step, nth]).generate_state(1)[0]
         runs.append(
             _play(
+                free,
                 graph,
                 plan.example(prompt),
                 settings.model_copy(update={"seed": int(own) % 2**31}),
@@ -248,6 +258,7 @@ async def play_step(
 
 
 async def _play(
+    free: asyncio.Semaphore,
     graph: Any,
     example: Example,
     settings: RunSettings,
@@ -257,11 +268,12 @@ async def _play(
     model: str,
     fingerprint: str,
 ) -> Trajectory:
-    state = await graph.ainvoke(
-        {"history": [f"id:{item}" for item in example.history]},
-        context=settings,
-        output_keys=list(RUN_KEYS),
-    )
+    async with free:
+        state = await graph.ainvoke(
+            {"history": [f"id:{item}" for item in example.history]},
+            context=settings,
+            output_keys=list(RUN_KEYS),
+        )
     return Trajectory.from_state(
         state,
         tokenizer,

@@ -248,6 +248,7 @@ def train_stage(
         folder=config.output,
         model=engine.name,
         group_size=config.group_size,
+        at_once=base.settings.engine.max_num_seqs,
         seed=config.seed,
         shuffle_rewards=config.shuffle_rewards,
         by_progress=config.baseline == "progress",

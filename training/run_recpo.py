@@ -150,6 +150,7 @@ def run(config: RecPORun, console: Console) -> Path:
             model=engine.name,
             users_per_step=config.users_per_step,
             group_size=config.group_size,
+            at_once=settings.engine.max_num_seqs,
             updates=config.updates,
             refresh_every=config.refresh_every,
             learning_rates=(config.learning_rate, config.head_learning_rate),

@@ -1,5 +1,6 @@
 """GRPO over the real graph: what is planned, what TRL gets, what is trained on."""
 
+import asyncio
 import json
 from collections.abc import Iterator
 from itertools import combinations
@@ -16,6 +17,7 @@ from trl import GRPOConfig
 from trl.trainer import utils
 
 from deeprec.errors import EngineError
+from deeprec.graph.build import build_graph
 from deeprec.graph.engine.adapter import merged_model
 from deeprec.graph.engine.tokenizer import load_tokenizer
 from deeprec.graph.engine.vllm_inprocess import VLLMEngine
@@ -34,13 +36,14 @@ from deeprec.training.demonstrations import DemonstrationConfig, Demonstrator, d
 from deeprec.training.ground import training_ground
 from deeprec.training.policy import load_policy, plain_weights
 from deeprec.training.rewards import RewardConfig, Rewarder
-from deeprec.training.rollout import Plan, describe, rows, widest
+from deeprec.training.rollout import Plan, describe, play_step, rows, widest
 from deeprec.training.run_grpo import GRPORun, train_stage
 from deeprec.training.selection import Example, SelectionConfig, candidates, select
 from deeprec.training.trainer import Trainer, by_length, computed_on, without_padding
 from deeprec.training.trajectories import Rewards, Trajectory
 from deeprec.training.trajectory_file import read_trajectories
 
+from ..graph.conftest import ScriptedEngine
 from .conftest import MakeRun
 
 EXAMPLES = [Example(f"u{n}", ("0", "1"), str(n)) for n in range(5)]
@@ -67,6 +70,45 @@ def test_rows_are_the_runs_tokens(make_run: MakeRun) -> None:
     assert got["completion_ids"] == [run.completion_ids, [2]]
     assert got["logprobs"] == [run.logprobs, [0.0]]
     assert got["env_mask"] == [run.env_mask, [0]]
+
+
+def test_a_step_begins_runs_in_order_and_no_more_than_the_engine_decodes(
+    retriever: Retriever,
+) -> None:
+    engine = ScriptedEngine(["<think> so"] * 6, 4096)
+    real = build_graph(engine, retriever)
+    begun: list[list[str]] = []
+    under_way: list[int] = []
+
+    class Watched:
+        async def ainvoke(self, given: dict[str, list[str]], **options: Any) -> Any:
+            begun.append(given["history"])
+            under_way.append(under_way[-1] + 1 if under_way else 1)
+            state = await real.ainvoke(given, **options)
+            under_way.append(under_way[-1] - 1)
+            return state
+
+    examples = [Example(f"u{n}", ("0", str(n + 1)), "9") for n in range(3)]
+    plan = Plan("cold_start", examples, 3, seed=0)
+    runs = asyncio.run(
+        play_step(
+            Watched(),
+            plan,
+            plan.prompts,
+            RunSettings(on_limit="fail"),
+            engine.tokenizer,
+            group_size=2,
+            at_once=3,
+            seed=0,
+            step=0,
+            model="scripted",
+            fingerprint="",
+        )
+    )
+    assert max(under_way) == 3
+    assert [run.id for run in runs] == [f"{prompt}/{n}" for prompt in plan.prompts for n in (0, 1)]
+    histories = [[f"id:{item}" for item in plan.example(each).history] for each in plan.prompts]
+    assert begun == [history for history in histories for _ in range(2)]
 
 
 def test_a_steps_figures(
@@ -389,8 +431,15 @@ def test_engine_and_trainer_agree_at_every_step(
         trained_on.extend(run.id for run in runs)
         return rows(runs, eos)
 
+    async def watched_step(*given: Any, at_once: int, **options: Any) -> list[Trajectory]:
+        bounds.append(at_once)
+        return await play_step(*given, at_once=at_once, **options)
+
+    bounds: list[int] = []
+    base.settings.engine.max_num_seqs = 4  # of the six runs of a step
     monkeypatch.setattr(Rewarder, "__call__", reward)
     monkeypatch.setattr(rollout, "rows", watched_rows)
+    monkeypatch.setattr(rollout, "play_step", watched_step)
     config = GRPORun.model_validate(
         {
             "output": str(tmp_path / "run"),
@@ -425,6 +474,7 @@ def test_engine_and_trainer_agree_at_every_step(
         first = read_trajectories(config.output)
         weights = (folder / "final" / "model.safetensors").read_bytes()
         assert len({run.id for run in first}) == 18
+        assert bounds == [4, 4, 4]
         ids = [run.id for run in first]
         groups = [first[at : at + 3] for at in range(0, 18, 3)]
         assert all(len({run.id.rpartition("/")[0] for run in group}) == 1 for group in groups)
