@@ -55,16 +55,22 @@ async def in_graph(graph: Any, runs: Sequence[Run], *, at_once: int | None = Non
     """Play runs in a compiled graph, all at once or `at_once` of them: as one ends one begins."""
     free = asyncio.Semaphore(at_once or len(runs))
 
-    async def one(history: Sequence[str], settings: RunSettings) -> list[Segment]:
+    async def one(run: Run) -> list[Segment]:
         async with free:
-            state = await graph.ainvoke(
-                {"history": [f"id:{item}" for item in history]},
-                context=settings,
-                output_keys=list(_KEYS),
-            )
+            state = await _invoke(graph, run)
         return list(state["segments"])
 
-    return list(await asyncio.gather(*(one(*run) for run in runs)))
+    return list(await asyncio.gather(*(one(run) for run in runs)))
+
+
+async def _invoke(graph: Any, run: Run, **given: Any) -> dict[str, Any]:
+    history, settings = run
+    state: dict[str, Any] = await graph.ainvoke(
+        {"history": [f"id:{item}" for item in history], **given},
+        context=settings,
+        output_keys=list(_KEYS),
+    )
+    return state
 
 
 async def in_bare_loop(resources: Resources, runs: Sequence[Run]) -> Segments:
@@ -185,39 +191,32 @@ def added_cpu(
     where graph and bare loop don't ask for the same generations, or write otherwise.
     """
     by_name = schedules(Replay(recorder), retriever)
+    written, bare = (asyncio.run(by_name[name](runs)) for name in ("graph", "bare loop"))
+    if written != bare:
+        raise DeepRecError("graph and bare loop wrote different transcripts")
+    thoughts = [
+        1 + sum(part["author"] == "environment" for part in segments) for segments in written
+    ]
     idle = idle_graph()
-    spent: dict[str, list[float]] = {"graph": [], "bare loop": [], "idle graph": []}
-    for nth in range(rounds + 1):
-        written: dict[str, Segments] = {}
-        for name, values in spent.items():
-            searches = [
-                sum(part["author"] == "environment" for part in segments)
-                for segments in written.get("graph", ())
-            ]
-            began = time.process_time()
-            if name == "idle graph":
-                asyncio.run(_in_idle_graph(idle, runs, searches))
-            else:
-                written[name] = asyncio.run(by_name[name](runs))
-            if nth:  # the first warms up
-                values.append(1000 * (time.process_time() - began) / len(runs))
-        if written["graph"] != written["bare loop"]:
-            raise DeepRecError("graph and bare loop wrote different transcripts")
-    return {name: median(values) for name, values in spent.items()}
 
-
-async def _in_idle_graph(graph: Any, runs: Sequence[Run], searches: Sequence[int]) -> None:
-    """Take as many steps as these runs took."""
-    await asyncio.gather(
-        *(
-            graph.ainvoke(
-                {"history": [f"id:{item}" for item in history], "k": made + 1},
-                context=settings,
-                output_keys=list(_KEYS),
-            )
-            for (history, settings), made in zip(runs, searches, strict=True)
+    async def in_idle_graph(runs: Sequence[Run]) -> None:
+        await asyncio.gather(
+            *(_invoke(idle, run, k=k) for run, k in zip(runs, thoughts, strict=True))
         )
-    )
+
+    players = {
+        "graph": by_name["graph"],
+        "bare loop": by_name["bare loop"],
+        "idle graph": in_idle_graph,
+    }
+    asyncio.run(in_idle_graph(runs))  # the others are warm
+    spent: dict[str, list[float]] = {name: [] for name in players}
+    for _ in range(rounds):
+        for name, play_all in players.items():
+            began = time.process_time()
+            asyncio.run(play_all(runs))
+            spent[name].append(1000 * (time.process_time() - began) / len(runs))
+    return {name: median(values) for name, values in spent.items()}
 
 
 def prefix_reuse(calls: Sequence[Call]) -> dict[str, float]:
@@ -333,8 +332,11 @@ def main(
             console,
             at_once=concurrency,
         )
-        by_batches, _ = beside_lock_step(whole_runs=True)
-        refilled, _ = beside_lock_step() if concurrency < users else ({}, {})
+        by_runs, _ = beside_lock_step(whole_runs=True)
+        compared = {f"{users} runs, {concurrency} of them at a time": by_runs}
+        if concurrency < users:
+            by_generations, _ = beside_lock_step()
+            compared[f"{users} runs at once, {concurrency} generations at a time"] = by_generations
     finally:
         engine.close()
         retriever.close()
@@ -349,17 +351,10 @@ def main(
             faster(side, "graph", "bare loop"),
             at_least=0.97,
         ),
-        *against_lock_step(
-            by_batches, f"{users} runs, {concurrency} of them at a time", lock_step_bar
-        ),
         *(
-            against_lock_step(
-                refilled,
-                f"{users} runs at once, {concurrency} generations at a time",
-                lock_step_bar,
-            )
-            if refilled
-            else ()
+            figure
+            for how, took in compared.items()
+            for figure in against_lock_step(took, how, lock_step_bar)
         ),
         Figure("CPU of a run in the bare loop, engine apart", cpu["bare loop"], "ms"),
         Figure(
@@ -384,8 +379,7 @@ def main(
     details = {
         "settings": chosen.model_dump(mode="json"),
         "beside the bare loop": side,
-        "beside lock-step, so many runs at a time": by_batches,
-        "beside lock-step, so many generations at a time": refilled,
+        "beside lock-step": compared,
         "prefix reuse": reuse,
         "cpu_ms_a_run": cpu,
     }
