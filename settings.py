@@ -47,7 +47,7 @@ class EngineSettings(_Section):
     kv_cache_gib: int = Field(2, ge=1)
     # Share of a GPU's memory that vLLM may take.
     gpu_memory_utilization: float = Field(0.85, gt=0, le=1)
-    # Sequences decoded at the same time; a step of training has as many runs under way.
+    # Sequences decoded at the same time; a step of training has no more runs under way.
     max_num_seqs: int = Field(64, ge=1, le=4096)
 
 

@@ -239,49 +239,27 @@ async def play_step(
     has a seed of its own, by `seed`, `step` and its place.
     """
     free = asyncio.Semaphore(at_once)
-    runs = []
-    for nth, prompt in enumerate(prompt for prompt in prompts for _ in range(group_size)):
+
+    async def play(nth: int, prompt: str) -> Trajectory:
         own = np.random.SeedSequence([seed, step, nth]).generate_state(1)[0]
-        runs.append(
-            _play(
-                free,
-                graph,
-                plan.example(prompt),
-                settings.model_copy(update={"seed": int(own) % 2**31}),
-                tokenizer,
-                id=f"{prompt}/{nth % group_size}",
-                model=model,
-                fingerprint=fingerprint,
+        example = plan.example(prompt)
+        async with free:
+            state = await graph.ainvoke(
+                {"history": [f"id:{item}" for item in example.history]},
+                context=settings.model_copy(update={"seed": int(own) % 2**31}),
+                output_keys=list(RUN_KEYS),
             )
+        return Trajectory.from_state(
+            state,
+            tokenizer,
+            id=f"{prompt}/{nth % group_size}",
+            model=model,
+            model_fingerprint=fingerprint,
+            target=example.target,
         )
-    return list(await asyncio.gather(*runs))
 
-
-async def _play(
-    free: asyncio.Semaphore,
-    graph: Any,
-    example: Example,
-    settings: RunSettings,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    id: str,
-    model: str,
-    fingerprint: str,
-) -> Trajectory:
-    async with free:
-        state = await graph.ainvoke(
-            {"history": [f"id:{item}" for item in example.history]},
-            context=settings,
-            output_keys=list(RUN_KEYS),
-        )
-    return Trajectory.from_state(
-        state,
-        tokenizer,
-        id=id,
-        model=model,
-        model_fingerprint=fingerprint,
-        target=example.target,
-    )
+    asked = [prompt for prompt in prompts for _ in range(group_size)]
+    return list(await asyncio.gather(*(play(nth, prompt) for nth, prompt in enumerate(asked))))
 
 
 def widest(totals: Sequence[float | None], count: int) -> list[int]:

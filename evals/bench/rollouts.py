@@ -191,11 +191,9 @@ def added_cpu(
     where graph and bare loop don't ask for the same generations, or write otherwise.
     """
     by_name = schedules(Replay(recorder), retriever)
-    written, bare = (asyncio.run(by_name[name](runs)) for name in ("graph", "bare loop"))
-    if written != bare:
-        raise DeepRecError("graph and bare loop wrote different transcripts")
     thoughts = [
-        1 + sum(part["author"] == "environment" for part in segments) for segments in written
+        1 + sum(part["author"] == "environment" for part in segments)
+        for segments in asyncio.run(by_name["graph"](runs))
     ]
     idle = idle_graph()
 
@@ -209,14 +207,16 @@ def added_cpu(
         "bare loop": by_name["bare loop"],
         "idle graph": in_idle_graph,
     }
-    asyncio.run(in_idle_graph(runs))  # the others are warm
     spent: dict[str, list[float]] = {name: [] for name in players}
-    for _ in range(rounds):
+    for _ in range(rounds + 1):
+        written: dict[str, object] = {}
         for name, play_all in players.items():
             began = time.process_time()
-            asyncio.run(play_all(runs))
+            written[name] = asyncio.run(play_all(runs))
             spent[name].append(1000 * (time.process_time() - began) / len(runs))
-    return {name: median(values) for name, values in spent.items()}
+        if written["graph"] != written["bare loop"]:
+            raise DeepRecError("graph and bare loop wrote different transcripts")
+    return {name: median(values[1:]) for name, values in spent.items()}  # the first warms up
 
 
 def prefix_reuse(calls: Sequence[Call]) -> dict[str, float]:
