@@ -350,3 +350,19 @@ class State(Routing, total=False):
     answer: list[str | None]
     violations: list[Violation]
     usage: dict[str, Any]
+
+
+RUN_KEYS = (
+    "run",
+    "history_ids",
+    "segments",
+    "turns",
+    "recommendations",
+    "answer",
+    "violations",
+    "stop_reason",
+    "failure",
+    "usage",
+)
+"""What a record of a run is read from: `output_keys` for the graph's `ainvoke`, whose output
+otherwise leaves the transcript out."""

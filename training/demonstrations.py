@@ -25,13 +25,13 @@ from ..errors import EngineError
 from ..graph import protocol
 from ..graph.build import build_graph
 from ..graph.fusion import reciprocal_rank_fusion
-from ..graph.state import RunSettings
+from ..graph.state import RUN_KEYS, RunSettings
 from ..tools.retriever import RetrievalRequest, Retriever
 from ..tools.trm.preferences import embed_preferences
 from ..tools.trm.vocabulary import Vocabulary
 from .scripted_policy import ScriptedPolicy
 from .selection import Example
-from .trajectories import RUN_KEYS, Trajectory
+from .trajectories import Trajectory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

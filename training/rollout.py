@@ -21,12 +21,12 @@ import numpy as np
 
 from ..errors import TrajectoryError
 from ..graph.engine.base import LoopThread
-from ..graph.state import OUTAGES, StopReason
+from ..graph.state import OUTAGES, RUN_KEYS, StopReason
 from .policy import plain_weights
 from .progress import baselines, places
 from .rewards import STAGES, Rewarder, Stage
 from .selection import Example
-from .trajectories import RUN_KEYS, Rewards, Trajectory
+from .trajectories import Rewards, Trajectory
 from .trajectory_file import write_part
 
 if TYPE_CHECKING:

@@ -20,26 +20,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ..errors import TrajectoryError
 from ..graph import protocol
 from ..graph.format_rules import Violation
-from ..graph.state import Failure, Recommendation, RunSettings, StopReason, Turn, Usage
+from ..graph.state import RUN_KEYS, Failure, Recommendation, RunSettings, StopReason, Turn, Usage
 from ..graph.transcript import HEARD, Author, Transcript
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-RUN_KEYS = (
-    "run",
-    "history_ids",
-    "segments",
-    "turns",
-    "recommendations",
-    "answer",
-    "violations",
-    "stop_reason",
-    "failure",
-    "usage",
-)
-"""What a trajectory reads of a run's state: `output_keys` for the graph's `ainvoke`, whose output
-otherwise leaves the transcript out."""
 
 _HASHED_FILES = (".safetensors", ".json", ".jinja", ".txt")
 

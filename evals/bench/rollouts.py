@@ -28,7 +28,7 @@ from ...graph.build import build_graph
 from ...graph.engine.base import Engine
 from ...graph.engine.vllm_inprocess import VLLMEngine
 from ...graph.resources import Resources
-from ...graph.state import RunSettings
+from ...graph.state import RUN_KEYS, RunSettings
 from ...graph.transcript import Segment, Transcript
 from ...settings import load_settings
 from ...tools.loading import keep_loaded
@@ -39,11 +39,6 @@ from .command import OUTPUT, TRAINED, Figure, machine, run_benchmark, tell
 from .idle_graph import idle_graph
 from .replay import Call, Gate, Recorder, Replay
 
-# What a trajectory is made of: what rollouts have the graph give.
-_KEYS = (
-    *("run", "history_ids", "segments", "turns", "recommendations", "answer", "violations"),
-    *("stop_reason", "failure", "usage"),
-)
 _GROUP, _GROUPS = 8, 4  # runs of one prompt; prompts
 
 Run = tuple[Sequence[str], RunSettings]
@@ -68,7 +63,7 @@ async def _invoke(graph: Any, run: Run, **given: Any) -> dict[str, Any]:
     state: dict[str, Any] = await graph.ainvoke(
         {"history": [f"id:{item}" for item in history], **given},
         context=settings,
-        output_keys=list(_KEYS),
+        output_keys=list(RUN_KEYS),
     )
     return state
 

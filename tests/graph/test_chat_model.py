@@ -20,12 +20,12 @@ from deeprec.graph.build import build_graph
 from deeprec.graph.engine.base import Constraint, Generation, GenerationRequest
 from deeprec.graph.engine.chat_model import _CHOOSE, _MATCH, ChatModelEngine, load_chat_model
 from deeprec.graph.people import chat_turn
-from deeprec.graph.state import RecommendationResponse, RunSettings, State
+from deeprec.graph.state import RUN_KEYS, RecommendationResponse, RunSettings, State
 from deeprec.graph.transcript import Transcript
 from deeprec.settings import load_settings
 from deeprec.tools.retriever import Retriever
 from deeprec.training.rollout import rows
-from deeprec.training.trajectories import RUN_KEYS, Trajectory
+from deeprec.training.trajectories import Trajectory
 
 MESSAGES = [{"role": "system", "content": "Do it."}, {"role": "user", "content": "1. Ça\n\n2. b"}]
 VALID = {"k": 3, "retrieve_n": 4, "limits": {"max_retrievals": 2, "min_retrievals": 1}}

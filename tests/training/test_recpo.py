@@ -17,7 +17,7 @@ from deeprec.graph.r2ec.backbone import Backbone
 from deeprec.graph.r2ec.head import RecommendationHead
 from deeprec.graph.r2ec.items import ItemStates, catalog_readings
 from deeprec.graph.r2ec.ranker import HeadRanker
-from deeprec.graph.state import RunSettings
+from deeprec.graph.state import RUN_KEYS, RunSettings
 from deeprec.tools.interactions import InteractionData, leave_one_out
 from deeprec.tools.retriever import Retriever
 from deeprec.tools.trm.vocabulary import Vocabulary
@@ -36,7 +36,7 @@ from deeprec.training.recpo import (
 )
 from deeprec.training.recpo_trainer import reading_of
 from deeprec.training.recpo_update import Chain, Group, accumulate, chains_hidden, last_states
-from deeprec.training.trajectories import RUN_KEYS, Trajectory
+from deeprec.training.trajectories import Trajectory
 
 from ..graph.conftest import ScriptedEngine
 from ..graph.test_loop import ask

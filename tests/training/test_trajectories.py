@@ -20,14 +20,14 @@ from rich.console import Console
 
 from deeprec.errors import EngineError, TrajectoryError
 from deeprec.graph.build import build_graph
-from deeprec.graph.state import RunSettings
+from deeprec.graph.state import RUN_KEYS, RunSettings
 from deeprec.graph.transcript import Transcript
 from deeprec.settings import load_settings
 from deeprec.tools.retriever import Retriever
 from deeprec.training import export_trajectories, trajectory_file
 from deeprec.training.export_trajectories import export, from_checkpointer
 from deeprec.training.show import overview, trajectory_lines
-from deeprec.training.trajectories import RUN_KEYS, Rewards, Trajectory, model_fingerprint
+from deeprec.training.trajectories import Rewards, Trajectory, model_fingerprint
 from deeprec.training.trajectory_file import (
     iter_trajectories,
     load_dataset,
